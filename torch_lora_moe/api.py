@@ -1,0 +1,280 @@
+"""The public functions: check the arguments, then call the ops of ``ops.py``.
+
+Everything here traces under ``torch.compile(fullgraph=True)``; the routing cache is a dict and never reaches an op.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_lora_moe import checks, ops, routing
+from torch_lora_moe.checks import FusedArguments
+from torch_lora_moe.routing import RoutingCache
+
+
+class MoELoRA(NamedTuple):
+    """The adapter weights of one MoE layer, all slots stacked.
+
+    Attributes:
+        gate_up_a: ``[L, E or 1, G * R, H]``: the gate's ``R`` rows, then the up projection's; ``G`` is 2 when gated
+            else 1. An expert dimension of 1 shares one matrix among all experts; it is never expanded in memory.
+        gate_up_b: ``[L, E, G * I, R]``: gate rows use the gate's half of the rank vector, up rows the other half.
+            Always gate rows first, also where the base weight is interleaved.
+        down_a: ``[L, E, R, I]``.
+        down_b: ``[L, E or 1, H, R]``.
+        adapter_enabled: ``[L]`` bool or int32, optional; a disabled slot acts as "no adapter".
+
+    Either pair may be None. The scaling is folded into B; ranks below ``R`` are zero-padded. All contiguous, in the
+    dtype of the hidden states.
+    """
+
+    gate_up_a: Tensor | None
+    gate_up_b: Tensor | None
+    down_a: Tensor | None
+    down_b: Tensor | None
+    adapter_enabled: Tensor | None = None
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    lora: MoELoRA | None = None,
+    token_lora_mapping: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    is_gated: bool = True,
+    w13_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    interleaved: bool = False,
+    routed_scaling_factor: float = 1.0,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
+    routing_cache: RoutingCache | None = None,
+) -> Tensor:
+    """The whole MoE layer, each token with its own LoRA adapter.
+
+    ``M`` tokens, ``K`` experts a token, ``E`` experts, ``H`` hidden size, ``I`` intermediate size, ``G`` 2 when gated.
+
+    Args:
+        hidden_states: ``[M, H]`` fp32, bf16 or fp16.
+        w13: ``[E, G * I, H]`` gate and up projections, gate rows first; a transposed view of ``[E, H, G * I]`` is fine.
+        w2: ``[E, H, I]`` down projection, likewise.
+        topk_weights: ``[M, K]`` router weights, any float dtype.
+        topk_ids: ``[M, K]`` int32 or int64 expert ids. An id outside ``[0, E)`` marks a pair that is skipped: nothing
+            of it is read.
+        lora: adapter weights, or None for the plain layer.
+        token_lora_mapping: ``[M]`` int32 or int64 adapter slot of each token; outside ``[0, L)`` means no adapter.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu2`` or ``swigluoai`` (gpt-oss's clamped SwiGLU).
+        is_gated: ``act(gate) * up`` rather than ``act(x)``.
+        w13_bias, w2_bias: ``[E, G * I]`` and ``[E, H]``, optional.
+        interleaved: rows of ``w13`` and ``w13_bias`` alternate gate, up, gate, up, ….
+        routed_scaling_factor: multiplies the sum over experts.
+        swiglu_alpha, swiglu_limit: the constants of ``swigluoai``.
+        routing_cache: a dict that the caller owns for this one layer call; the schedule is kept in it.
+
+    Returns:
+        ``[M, H]``, a new tensor of the dtype of ``hidden_states``; accumulated in fp32 and rounded once.
+
+    Raises:
+        TypeError, ValueError: before anything runs, naming the argument, what came and what was expected.
+    """
+    gate_up_a, gate_up_b, down_a, down_b, adapter_enabled = lora if lora is not None else (None,) * 5
+    call = FusedArguments(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        None,
+        gate_up_a,
+        gate_up_b,
+        down_a,
+        down_b,
+        token_lora_mapping,
+        adapter_enabled,
+        w13_bias,
+        w2_bias,
+        activation,
+        is_gated,
+        interleaved,
+        routed_scaling_factor,
+        swiglu_alpha,
+        swiglu_limit,
+    )
+    if routing_cache is not None:
+        checks.check_fused(call)
+        max_loras = call.max_loras
+        enabled = adapter_enabled if max_loras else None
+        schedule = routing.cached_schedule(
+            routing_cache, ops.route, topk_ids, token_lora_mapping, enabled, w13.shape[0], max_loras
+        )
+        call = call._replace(schedule=schedule)
+    out: Tensor = ops.fused_experts(*call)
+    return out
+
+
+def virtual_experts_lora_add(
+    output: Tensor,
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    token_lora_mapping: Tensor,
+    *,
+    mul_routed_weight: bool = False,
+    adapter_enabled: Tensor | None = None,
+    num_slices: int = 1,
+    routing_cache: RoutingCache | None = None,
+) -> None:
+    """Adds the LoRA delta of one projection to the output of any base layer, in place.
+
+    Args:
+        output: ``[M, K, N]``, any strides: ``output[t, k] += B[l, e] @ (A[l, e] @ x)``. Pairs that LoRA skips (no
+            adapter, a disabled one, an expert id outside ``[0, E)``) are neither read nor written.
+        hidden_states: ``[M, in]``, shared by the pairs of a token, or ``[M * K, in]``, one row a pair.
+        lora_a: ``[L, E or 1, num_slices * R, in]``.
+        lora_b: ``[L, E or 1, N, R]``.
+        topk_ids: ``[M, K]`` int32 or int64 expert ids.
+        topk_weights: ``[M, K]``, read only with ``mul_routed_weight`` (else it may be None).
+        token_lora_mapping: ``[M]`` int32 or int64 adapter slot of each token; outside ``[0, L)`` means no adapter.
+        mul_routed_weight: multiply the delta by the pair's router weight.
+        adapter_enabled: ``[L]`` bool or int32, optional.
+        num_slices: 2 pairs the halves of A's rows with the halves of the output (gate and up).
+        routing_cache: a dict that the caller owns for one layer call; gate_up and down share the schedule through it.
+
+    Raises:
+        TypeError, ValueError: before anything runs, naming the argument, what came and what was expected.
+    """
+    num_experts = checks.check_lora_add(
+        output,
+        hidden_states,
+        lora_a,
+        lora_b,
+        topk_ids,
+        topk_weights,
+        token_lora_mapping,
+        adapter_enabled,
+        mul_routed_weight,
+        num_slices,
+    )
+    schedule = routing.cached_schedule(
+        routing_cache, ops.route, topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0]
+    )
+    num_tokens, top_k = topk_ids.shape
+    pairs_per_row = top_k if hidden_states.shape[0] == num_tokens else 1
+    split_k = routing.split_k(num_tokens * top_k, hidden_states.shape[1], hidden_states.device.type)
+    shrunk = ops.lora_shrink(hidden_states, lora_a, schedule, pairs_per_row, num_experts, split_k)
+    weights = topk_weights if mul_routed_weight else None
+    ops.lora_expand_add_(output, shrunk, lora_b, schedule, weights, num_experts, num_slices)
+
+
+class LoRAHooks:
+    """Adds LoRA to a MoE backend that is not ours, between its two GEMMs; made by `build_lora_hooks`."""
+
+    def __init__(
+        self,
+        lora: MoELoRA,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        token_lora_mapping: Tensor,
+        mul_routed_weight: bool = True,
+    ) -> None:
+        self.lora = lora
+        self.topk_ids = topk_ids
+        self.topk_weights = topk_weights
+        self.token_lora_mapping = token_lora_mapping
+        self.mul_routed_weight = mul_routed_weight
+        self.routing_cache: RoutingCache = {}
+
+    def after_gate_up(self, hidden_states: Tensor, gate_up_output: Tensor) -> None:
+        """Adds the gate_up delta; call it after the first GEMM, before the activation.
+
+        Args:
+            hidden_states: ``[M, H]`` or ``[M * K, H]``, the unquantized input of the layer.
+            gate_up_output: ``[M, K, G * I]`` or ``[M * K, G * I]``, gate columns first, changed in place.
+        """
+        a, b = self.lora.gate_up_a, self.lora.gate_up_b
+        if a is not None and b is not None:
+            self._add(hidden_states, gate_up_output, a, b, max(a.shape[-2] // max(b.shape[-1], 1), 1), False)
+
+    def after_down(self, intermediate: Tensor, down_output: Tensor) -> None:
+        """Adds the down delta; call it after the second GEMM, before the sum over experts.
+
+        Args:
+            intermediate: ``[M * K, I]``, the unquantized activations.
+            down_output: ``[M, K, H]`` or ``[M * K, H]``, changed in place. It must already carry the router weight if
+                the hooks were built with ``mul_routed_weight`` (the default).
+        """
+        a, b = self.lora.down_a, self.lora.down_b
+        if a is not None and b is not None:
+            self._add(intermediate, down_output, a, b, 1, self.mul_routed_weight)
+
+    def _add(self, x: Tensor, output: Tensor, a: Tensor, b: Tensor, num_slices: int, weighted: bool) -> None:
+        if output.dim() == 2:
+            output = output.unflatten(0, self.topk_ids.shape)
+        virtual_experts_lora_add(
+            output,
+            x,
+            a,
+            b,
+            self.topk_ids,
+            self.topk_weights,
+            self.token_lora_mapping,
+            mul_routed_weight=weighted,
+            adapter_enabled=self.lora.adapter_enabled,
+            num_slices=num_slices,
+            routing_cache=self.routing_cache,
+        )
+
+
+def build_lora_hooks(
+    lora: MoELoRA,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    token_lora_mapping: Tensor,
+    *,
+    mul_routed_weight: bool = True,
+) -> LoRAHooks:
+    """Hooks that inject LoRA into any MoE backend (quantized ones too), for one layer call.
+
+    Args:
+        lora: adapter weights of the layer.
+        topk_ids: ``[M, K]`` int32 or int64 expert ids.
+        topk_weights: ``[M, K]`` router weights.
+        token_lora_mapping: ``[M]`` int32 or int64 adapter slot of each token; outside ``[0, L)`` means no adapter.
+        mul_routed_weight: the backend's second GEMM multiplies by the router weight, so the down delta must too.
+
+    Returns:
+        an object with ``after_gate_up(x, cache1)`` and ``after_down(h, cache3)``; both share one schedule.
+    """
+    return LoRAHooks(lora, topk_ids, topk_weights, token_lora_mapping, mul_routed_weight)
+
+
+def token_lora_mapping_from_segments(seg_indptr: Tensor, req_to_lora: Tensor, num_tokens: int) -> Tensor:
+    """Per-token adapter slots from per-request segments, on the device and without a sync.
+
+    Args:
+        seg_indptr: ``[requests + 1]`` int32 or int64, ascending: request ``i`` owns tokens
+            ``seg_indptr[i] <= t < seg_indptr[i + 1]``; empty requests are fine.
+        req_to_lora: ``[requests]`` int32 or int64 adapter slot of each request.
+        num_tokens: length of the result, padding included.
+
+    Returns:
+        ``[num_tokens]`` int32; -1 for tokens of no request.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or device, or a negative ``num_tokens``.
+    """
+    checks.check_segments(seg_indptr, req_to_lora, num_tokens)
+    tokens = torch.arange(num_tokens, device=seg_indptr.device, dtype=seg_indptr.dtype)
+    # index 0: before the first request; index requests + 1: behind the last
+    request = torch.searchsorted(seg_indptr, tokens, right=True)
+    return F.pad(req_to_lora.to(torch.int32), (1, 1), value=-1)[request]

@@ -1,0 +1,235 @@
+"""CPU kernels of the ops, in torch: vectorised over pairs where rows are few, one matrix product a group where many.
+
+Called by ``ops`` with arguments already checked. Arithmetic is fp32 whatever the storage, rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_lora_moe import routing
+from torch_lora_moe.checks import FusedArguments
+
+# Gathering a weight per row costs a copy of it; above this many elements a product per group is cheaper.
+GATHER_LIMIT = 1 << 18
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring sorted rows ``[start, stop)`` that share the weight at index ``weight``."""
+
+    weight: int
+    start: int
+    stop: int
+
+
+def route(
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor | None,
+    adapter_enabled: Tensor | None,
+    num_experts: int,
+    max_loras: int,
+) -> Tensor:
+    """See ``reference.route`` for what it returns."""
+    num_tokens, top_k = topk_ids.shape
+    num_pairs = num_tokens * top_k
+    schedule = torch.full(routing.schedule_shape(num_pairs), -1, dtype=torch.int32)
+    schedule[:, num_pairs] = 0
+    if num_pairs == 0:
+        return schedule
+
+    experts = topk_ids.reshape(-1).long()
+    slots = _effective_slots(token_lora_mapping, adapter_enabled, max_loras, num_tokens).repeat_interleave(top_k)
+    known = (experts >= 0) & (experts < num_experts)
+    key = torch.where(known, experts * (max_loras + 1) + slots + 1, num_experts * (max_loras + 1))
+    order = key.argsort(stable=True)[: int(known.sum())]
+    experts, slots = experts[order], slots[order]
+
+    _put(schedule[routing.SORTED_TOKEN_IDS], order)
+    _put(schedule[routing.SORTED_LORA_IDS], slots)
+    virtual = torch.where(slots >= 0, slots * num_experts + experts, -1)
+    lora_rows = routing.lora_tile_rows(num_pairs, num_experts, max_loras)
+    _put_tiles(schedule[routing.LORA_TILE_IDS : routing.LORA_TILE_ROWS + 1], virtual, lora_rows)
+    expert_rows = routing.expert_tile_rows(num_pairs, num_experts)
+    _put_tiles(schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1], experts, expert_rows)
+    return schedule
+
+
+def _effective_slots(mapping: Tensor | None, enabled: Tensor | None, max_loras: int, num_tokens: int) -> Tensor:
+    if mapping is None or max_loras == 0:
+        return torch.full((num_tokens,), -1, dtype=torch.int64)
+    slots = mapping.long()
+    used = (slots >= 0) & (slots < max_loras)
+    if enabled is not None:
+        used &= enabled.bool()[slots.clamp(0, max_loras - 1)]
+    return torch.where(used, slots, -1)
+
+
+def _put(row: Tensor, values: Tensor) -> None:
+    row[: values.numel()] = values
+    row[-1] = values.numel()
+
+
+def _put_tiles(rows: Tensor, groups: Tensor, height: int) -> None:
+    """Cuts equal neighbours of ``groups`` (-1: no tile) into tiles and writes their ids, starts and row counts."""
+    ids, counts = groups.unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    ids, counts, starts = ids[ids >= 0], counts[ids >= 0], starts[ids >= 0]
+    per_group = (counts + height - 1) // height
+    group = torch.arange(ids.numel()).repeat_interleave(per_group)
+    offset = (torch.arange(group.numel()) - (per_group.cumsum(0) - per_group)[group]) * height
+    _put(rows[0], ids[group])
+    _put(rows[1], starts[group] + offset)
+    _put(rows[2], (counts[group] - offset).clamp(max=height))
+
+
+def lora_shrink(
+    hidden_states: Tensor, lora_a: Tensor, schedule: Tensor, top_k: int, num_experts: int, split_k: int = 1
+) -> Tensor:
+    """Rank vectors in ``split_k`` fp32 planes ``[split_k, P, rows of A]``; zero for pairs that LoRA skips."""
+    num_pairs, in_features = schedule.shape[1] - 1, hidden_states.shape[1]
+    planes = torch.zeros(split_k, num_pairs, lora_a.shape[2])
+    pairs, groups = _lora_groups(schedule, lora_a, num_experts)
+    x = hidden_states[pairs // top_k].float()
+    chunk = -(-in_features // split_k)
+    for plane, start in zip(planes, range(0, in_features, max(chunk, 1)), strict=False):
+        columns = slice(start, start + chunk)
+        plane[pairs] = _grouped_linear(x[:, columns], lora_a.flatten(0, 1)[..., columns], groups)
+    return planes
+
+
+def lora_expand_add_(
+    output: Tensor,
+    shrunk: Tensor,
+    lora_b: Tensor,
+    schedule: Tensor,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_slices: int = 1,
+) -> None:
+    """``output[t, k] += weight * B @ s`` for the pairs that LoRA does not skip."""
+    pairs, groups = _lora_groups(schedule, lora_b, num_experts)
+    delta = _expand(shrunk.sum(0)[pairs], lora_b, groups, num_slices)
+    if topk_weights is not None:
+        delta *= topk_weights.reshape(-1, 1)[pairs].float()
+    token, k = pairs // max(output.shape[1], 1), pairs % max(output.shape[1], 1)
+    output[token, k] = (output[token, k].float() + delta).to(output.dtype)
+
+
+def fused_experts(call: FusedArguments) -> Tensor:
+    """The whole layer, its intermediates in sorted order."""
+    (num_tokens, top_k), num_experts = call.topk_ids.shape, call.w13.shape[0]
+    schedule = call.schedule
+    if schedule is None:
+        schedule = route(call.topk_ids, call.token_lora_mapping, call.adapter_enabled, num_experts, call.max_loras)
+    pairs, groups = _expert_groups(schedule)
+
+    x = call.hidden_states[pairs // top_k].float()
+    gate_up = _biased(_grouped_linear(x, call.w13, groups), call.w13_bias, groups)
+    if call.interleaved:
+        gate_up = torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], dim=1)
+    _add_lora(gate_up, x, call.gate_up_a, call.gate_up_b, schedule, num_experts, call.num_slices)
+    h = _activate(gate_up, call)
+    y = _biased(_grouped_linear(h, call.w2, groups), call.w2_bias, groups)
+    _add_lora(y, h, call.down_a, call.down_b, schedule, num_experts, 1)
+
+    weighted = torch.zeros(num_tokens * top_k, call.w2.shape[1])
+    weighted[pairs] = y * call.topk_weights.reshape(-1, 1)[pairs].float()
+    out = weighted.view(num_tokens, top_k, call.w2.shape[1]).sum(1) * call.routed_scaling_factor
+    return out.to(call.hidden_states.dtype)
+
+
+def _expert_groups(schedule: Tensor) -> tuple[Tensor, list[Group]]:
+    """The sorted pairs and their groups by expert."""
+    num_pairs = int(schedule[routing.SORTED_TOKEN_IDS, -1])
+    return schedule[routing.SORTED_TOKEN_IDS, :num_pairs].long(), _groups(schedule, routing.EXPERT_TILE_IDS)
+
+
+def _lora_groups(schedule: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, list[Group]]:
+    """The pairs that LoRA adapts, in sorted order, and their groups by index into ``weights.flatten(0, 1)``."""
+    slots = schedule[routing.SORTED_LORA_IDS, : int(schedule[routing.SORTED_TOKEN_IDS, -1])]
+    adapted = schedule[routing.SORTED_TOKEN_IDS, : slots.numel()][slots >= 0].long()
+    shared = weights.shape[1] == 1
+    groups, start = [], 0
+    for group in _groups(schedule, routing.LORA_TILE_IDS):
+        weight = group.weight // num_experts if shared else group.weight
+        groups.append(Group(weight, start, start + group.stop - group.start))
+        start = groups[-1].stop
+    return adapted, groups
+
+
+def _groups(schedule: Tensor, table: int) -> list[Group]:
+    """Whole groups from a table of tiles: tiles that follow each other in one group are joined again."""
+    ids, starts, rows = schedule[table : table + 3, : int(schedule[table, -1])].tolist()
+    groups: list[Group] = []
+    for weight, start, count in zip(ids, starts, rows, strict=True):
+        if groups and groups[-1].weight == weight:
+            groups[-1] = Group(weight, groups[-1].start, start + count)
+        else:
+            groups.append(Group(weight, start, start + count))
+    return groups
+
+
+def _grouped_linear(x: Tensor, weights: Tensor, groups: list[Group]) -> Tensor:
+    """``x[rows] @ weights[group].T`` for each group: fp32 ``[rows of x, N]``; ``weights`` is ``[groups, N, in]``."""
+    _, num_out, num_in = weights.shape
+    if x.shape[0] * num_out * num_in <= GATHER_LIMIT:
+        sizes = torch.tensor([group.stop - group.start for group in groups], dtype=torch.int64)
+        index = torch.tensor([group.weight for group in groups], dtype=torch.int64).repeat_interleave(sizes)
+        return torch.bmm(weights[index].float(), x.unsqueeze(2)).squeeze(2)
+    out = x.new_empty(x.shape[0], num_out)
+    for group in groups:
+        rows = slice(group.start, group.stop)
+        torch.mm(x[rows], weights[group.weight].float().t(), out=out[rows])
+    return out
+
+
+def _biased(rows: Tensor, bias: Tensor | None, groups: list[Group]) -> Tensor:
+    if bias is not None:
+        for group in groups:
+            rows[group.start : group.stop] += bias[group.weight].float()
+    return rows
+
+
+def _expand(shrunk: Tensor, lora_b: Tensor, groups: list[Group], num_slices: int) -> Tensor:
+    """``B @ s`` by slices: slice ``i`` of the output rows uses slice ``i`` of the rank vector."""
+    weights = lora_b.flatten(0, 1).unflatten(1, (num_slices, -1))
+    pieces = [_grouped_linear(s, weights[:, i], groups) for i, s in enumerate(shrunk.chunk(num_slices, dim=1))]
+    return torch.cat(pieces, dim=1)
+
+
+def _add_lora(
+    rows: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None, schedule: Tensor, num_experts: int, num_slices: int
+) -> None:
+    """Adds the LoRA delta of sorted rows ``x`` to sorted ``rows``, leaving the rows of skipped pairs untouched."""
+    if a is None or b is None:
+        return
+    adapted = (schedule[routing.SORTED_LORA_IDS, : x.shape[0]] >= 0).nonzero().squeeze(1)
+    _, groups = _lora_groups(schedule, a, num_experts)
+    shrunk = _grouped_linear(x[adapted], a.flatten(0, 1), groups)
+    _, groups = _lora_groups(schedule, b, num_experts)
+    rows[adapted] += _expand(shrunk, b, groups, num_slices)
+
+
+def _activate(gate_up: Tensor, call: FusedArguments) -> Tensor:
+    """``act(gate) * up`` of rows that hold the gate first, or ``act`` of the whole row."""
+    if not call.is_gated:
+        return _UNARY[call.activation](gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    if call.activation == "swigluoai":
+        gate, up = gate.clamp(max=call.swiglu_limit), up.clamp(-call.swiglu_limit, call.swiglu_limit)
+        return (up + 1) * gate * torch.sigmoid(call.swiglu_alpha * gate)
+    return _UNARY[call.activation](gate) * up
+
+
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+}
