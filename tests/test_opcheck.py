@@ -1,0 +1,73 @@
+"""``torch.library.opcheck``, all four tests, for every op over the table of variants, dynamic shapes included."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from torch_lora_moe import MoELoRA, routing
+from torch_lora_moe.testing import Case, Inputs, make_inputs
+
+ops = torch.ops.lora_moe
+
+
+def schedule_of(inputs: Inputs) -> Tensor:
+    return ops.route(*route_args(inputs))
+
+
+def route_args(inputs: Inputs) -> tuple[object, ...]:
+    case, enabled = inputs.case, inputs.lora.adapter_enabled if inputs.lora is not None else None
+    return inputs.topk_ids, inputs.token_lora_mapping, enabled, case.num_experts, case.max_loras
+
+
+def test_route(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    opcheck(ops.route.default, route_args(inputs))
+    opcheck(ops.route.default, (inputs.topk_ids, None, None, variant.num_experts, 0))
+
+
+def test_lora_shrink(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    lora = inputs.lora or MoELoRA(None, None, None, None)
+    for a, pairs_per_row in ((lora.gate_up_a, variant.top_k), (lora.down_a, 1)):
+        if a is not None:
+            x = torch.randn(variant.num_tokens * variant.top_k // pairs_per_row, a.shape[3]).to(variant.dtype)
+            for split_k in (1, 4):
+                args = (x, a, schedule_of(inputs), pairs_per_row, variant.num_experts, split_k)
+                opcheck(ops.lora_shrink.default, args)
+
+
+def test_lora_expand_add_(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    lora = inputs.lora or MoELoRA(None, None, None, None)
+    for b, num_slices in ((lora.gate_up_b, variant.num_slices), (lora.down_b, 1)):
+        if b is not None:
+            pairs = variant.num_tokens * variant.top_k
+            shrunk = torch.randn(2, pairs, num_slices * variant.rank)
+            wide = torch.randn(variant.num_tokens, variant.top_k, b.shape[2] + 6).to(variant.dtype)
+            for output in (wide[:, :, 2:-4], wide[:, :, 2:-4].contiguous()):
+                for weights in (None, inputs.topk_weights):
+                    args = (output, shrunk, b, schedule_of(inputs), weights, variant.num_experts, num_slices)
+                    opcheck(ops.lora_expand_add_.default, args)
+
+
+def test_fused_experts(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    x, w13, w2, weights, ids, lora, mapping = inputs.args
+    *parts, enabled = lora or (None,) * 5
+    for schedule in (None, schedule_of(inputs) if lora is not None else None):
+        args = (x, w13, w2, weights, ids, schedule, *parts, mapping, enabled)
+        opcheck(ops.fused_experts.default, args, inputs.kwargs)
+
+
+def test_meta_tensors_give_shapes(variant: Case) -> None:
+    """The fakes also serve plain meta tensors: shape, dtype and strides of the real result."""
+    inputs = make_inputs(variant, "cpu")
+    meta = make_inputs(variant, "meta") if variant.mapping is None and variant.enabled is None else None
+    if meta is None:
+        return
+    real = inputs.run()
+    fake = meta.run()
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    assert ops.route(*route_args(meta)).shape == routing.schedule_shape(inputs.topk_ids.numel())

@@ -1,0 +1,115 @@
+"""``lora_moe::route`` against the oracle, entry for entry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_lora_moe import reference, routing
+from torch_lora_moe.testing import Case, Inputs, make_inputs
+
+
+def oracle(inputs: Inputs) -> torch.Tensor:
+    case, pairs = inputs.case, inputs.topk_ids.numel()
+    lora_rows = routing.lora_tile_rows(pairs, case.num_experts, case.max_loras)
+    expert_rows = routing.expert_tile_rows(pairs, case.num_experts)
+    return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, lora_rows, expert_rows)
+
+
+def routed(inputs: Inputs) -> torch.Tensor:
+    enabled = inputs.lora.adapter_enabled if inputs.lora is not None else None
+    case = inputs.case
+    return torch.ops.lora_moe.route(
+        inputs.topk_ids, inputs.token_lora_mapping, enabled, case.num_experts, case.max_loras
+    )
+
+
+def test_variants(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    assert torch.equal(routed(inputs), oracle(inputs))
+
+
+def test_groups_of_many_tiles() -> None:
+    inputs = make_inputs(Case(num_tokens=400, num_experts=3, max_loras=8, mapping=(1,) * 400))
+    schedule = routed(inputs)
+    assert torch.equal(schedule, oracle(inputs))
+    ids = schedule[routing.LORA_TILE_IDS, :-1]
+    assert (ids >= 0).sum() > ids[ids >= 0].unique().numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    top_k=st.integers(1, 4),
+    experts=st.integers(1, 9),
+    slots=st.integers(1, 5),
+    enabled=st.lists(st.booleans(), min_size=5, max_size=5),
+    seed=st.integers(0, 2**16),
+)
+def test_any_batch(tokens: int, top_k: int, experts: int, slots: int, enabled: list[bool], seed: int) -> None:
+    inputs = make_inputs(
+        Case(
+            num_tokens=tokens,
+            top_k=top_k,
+            num_experts=experts,
+            max_loras=slots,
+            enabled=tuple(enabled[:slots]),
+            rank=1,
+            hidden_size=2,
+            intermediate_size=2,
+            seed=seed,
+        )
+    )
+    assert torch.equal(routed(inputs), oracle(inputs))
+
+
+def test_no_mapping_means_no_adapter() -> None:
+    inputs = make_inputs(Case(mapping=(-1,) * 17))
+    args = (inputs.topk_ids, None, None, inputs.case.num_experts)
+    assert torch.equal(torch.ops.lora_moe.route(*args, inputs.case.max_loras), oracle(inputs))
+    assert (torch.ops.lora_moe.route(*args, 0)[routing.SORTED_LORA_IDS, :-1] == -1).all()
+
+
+def test_worked_example_of_the_docstring() -> None:
+    topk_ids, mapping = torch.tensor([[1], [0], [1], [1]]), torch.tensor([0, -1, -1, 0])
+    rows = [
+        line.split()
+        for line in (routing.__doc__ or "").splitlines()
+        if line.strip().startswith(("SORTED", "LORA_T", "EXPERT"))
+    ]
+    expected = [[*map(int, row[1:5]), int(row[6])] for row in rows]
+    assert torch.ops.lora_moe.route(topk_ids, mapping, None, 2, 1).tolist() == expected
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 17, 5000, 10**6])
+def test_tile_rows_fit_a_tensor_core(pairs: int) -> None:
+    for rows in (routing.lora_tile_rows(pairs, 128, 8), routing.expert_tile_rows(pairs, 128)):
+        assert rows in (16, 32, 64, 128)
+
+
+class TestCache:
+    """The routing cache: one schedule a layer call, refused where it does not belong."""
+
+    def test_hit_and_miss(self) -> None:
+        inputs, calls, cache = make_inputs(Case()), [], {}
+
+        def route(*args: object) -> torch.Tensor:
+            calls.append(args)
+            return torch.ops.lora_moe.route(*args)
+
+        args = (inputs.topk_ids, inputs.token_lora_mapping, None, inputs.case.num_experts, inputs.case.max_loras)
+        first, second = (routing.cached_schedule(cache, route, *args) for _ in range(2))
+        assert first is second
+        assert len(calls) == 1
+        assert all(isinstance(key, str) for key in cache)
+
+    def test_another_batch_is_refused(self) -> None:
+        cache: routing.RoutingCache = {}
+        make_inputs(Case()).run(routing_cache=cache)
+        with pytest.raises(
+            ValueError,
+            match=r"routing_cache: holds .* \(pairs, experts, slots\) = \(34, 6, 3\), this call has \(6, 6, 3\)",
+        ):
+            make_inputs(Case(num_tokens=3)).run(routing_cache=cache)
