@@ -1,0 +1,10 @@
+"""Adapters as users have them: reading PEFT checkpoints and keeping several adapters ready in slots.
+
+Nothing here is imported by the ops; `read_adapter` needs the ``[transformers]`` extra (safetensors).
+"""
+
+from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.peft import read_adapter
+from torch_lora_moe.adapters.pool import AdapterPool
+
+__all__ = ["Adapter", "AdapterPool", "ExpertsLoRA", "ExpertsSpec", "read_adapter"]

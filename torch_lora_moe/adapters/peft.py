@@ -1,0 +1,203 @@
+"""Reads adapters that PEFT saved: ``adapter_config.json`` and ``adapter_model.safetensors``; never unpickles.
+
+Format read here: LoRA on fused expert parameters (``target_parameters`` on ``gate_up_proj`` / ``up_proj`` and
+``down_proj``, PEFT's ``ParamWrapper``). Everything else in a checkpoint is refused with the name of the key.
+
+On disk, for a module ``<path>`` with ``E`` experts and rank ``r``:
+
+- both projections targeted: ``<path>.base_layer.lora_{A,B}.weight`` is gate_up, ``<path>.lora_{A,B}.weight`` is down;
+- one targeted: always ``<path>.lora_{A,B}.weight``, told apart by ``target_parameters``;
+- ``A`` is ``[E * r, in]``, expert-major; ``B`` is ``[out, r * E]``, rank-major;
+- older versions store some models swapped: there ``A`` has the output features and ``B`` the input features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
+
+PREFIX = "base_model.model."
+KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+GATE_UP_NAMES = ("gate_up_proj", "up_proj")
+# The first version that stores fused experts as (in, out) for models with [E, out, in] weights.
+UNSWAPPED_SINCE = (0, 19, 1)
+
+
+class AdapterFormatError(ValueError):
+    """A checkpoint that cannot be served as it is; the message names the file or key and the reason."""
+
+
+def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter:
+    """Reads a PEFT adapter from the folder ``path``, memory-mapped.
+
+    Args:
+        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        layers: the MoE layers of the base model by module name.
+
+    Returns:
+        the adapter in fp32, at its own rank, with the scaling ``alpha / r`` (``alpha / sqrt(r)`` with rslora) in B.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterFormatError: the adapter is no plain LoRA, or a tensor does not belong to, or does not fit, the model.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    sides: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        module, inner, side = _parse_key(key, layers)
+        if not torch.isfinite(tensor).all():
+            raise AdapterFormatError(f"{key}: holds non-finite values")
+        sides.setdefault((module, inner), {})[side] = (key, tensor)
+
+    found: dict[str, ExpertsLoRA] = {}
+    for module in dict.fromkeys(module for module, _ in sides):
+        pairs = {inner: sides[module, inner] for inner in (True, False) if (module, inner) in sides}
+        found[module] = _experts_lora(module, pairs, layers[module], config)
+    return Adapter(found)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {folder} is no PEFT adapter")
+    config: dict[str, Any] = json.loads(file.read_text())
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{file}: peft_type is {config.get('peft_type')!r}, only LORA is served")
+    for option, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none"), ("modules_to_save", None)):
+        if config.get(option, plain) not in (plain, None, []):
+            raise AdapterFormatError(f"{file}: {option}={config[option]!r} is not served, only plain LoRA matrices are")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        why = "; adapter_model.bin is a pickle and is never read: save again with safe_serialization" if pickled else ""
+        raise FileNotFoundError(f"{file} not found{why}")
+    with safe_open(file, framework="pt") as handle:
+        return {key: handle.get_tensor(key).float() for key in handle.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _parse_key(key: str, layers: Mapping[str, ExpertsSpec]) -> tuple[str, bool, str]:
+    """Module name in the base model, whether it is the inner wrapper, and ``A`` or ``B``."""
+    match = KEY.fullmatch(key)
+    if match is None:
+        raise AdapterFormatError(f"{key}: is no LoRA matrix")
+    module = match["module"].removeprefix(PREFIX)
+    inner = module.endswith(".base_layer")
+    module = module.removesuffix(".base_layer")
+    if module not in layers:
+        raise AdapterFormatError(f"{key}: {module} is no MoE layer of the model (only expert weights are served)")
+    return module, inner, match["side"]
+
+
+def _experts_lora(
+    module: str, pairs: dict[bool, dict[str, tuple[str, Tensor]]], spec: ExpertsSpec, config: dict[str, Any]
+) -> ExpertsLoRA:
+    """The matrices of one layer from its wrappers; key True is the inner wrapper (gate_up where both are there)."""
+    targets: list[str] = sorted(config.get("target_parameters") or [])
+    gate_up_name = next((n for n in GATE_UP_NAMES if any(_targets(t, f"{module}.{n}") for t in targets)), None)
+    down = any(_targets(target, f"{module}.down_proj") for target in targets)
+    if len(pairs) == 2:
+        named = [(gate_up_name or GATE_UP_NAMES[0], pairs[True]), ("down_proj", pairs[False])]
+    elif False in pairs and (gate_up_name is not None) != down:
+        named = [("down_proj" if down else str(gate_up_name), pairs[False])]
+    else:
+        key = next(iter(next(iter(pairs.values())).values()))[0]
+        raise AdapterFormatError(f"{key}: target_parameters {targets} do not say which projection of {module} it is")
+
+    sizes = {False: (spec.intermediate_size, spec.hidden_size), True: (spec.hidden_size, spec.gate_up_size)}
+    matrices: dict[bool, tuple[Tensor, Tensor]] = {}
+    swapped: bool | None = None
+    # down is never square where gate_up is, so it settles the orientation of both
+    for name, pair in reversed(named):
+        features = sizes[name != "down_proj"]
+        if swapped is None or features[0] != features[1]:
+            swapped = _is_swapped(pair, features, spec, config)
+        matrices[name != "down_proj"] = _matrices(f"{module}.{name}", pair, features, spec, config, swapped)
+
+    gate_up_a, gate_up_b = matrices.get(True, (None, None))
+    if gate_up_a is not None and gate_up_b is not None:
+        # PEFT shares one A between gate and up; here each half owns its rows
+        gate_up_a = gate_up_a.repeat(1, spec.num_slices, 1)
+        if spec.interleaved:
+            gate_up_b = torch.cat([gate_up_b[:, 0::2], gate_up_b[:, 1::2]], dim=1)
+    return ExpertsLoRA(gate_up_a, gate_up_b, *matrices.get(False, (None, None)))
+
+
+def _targets(target: str, parameter: str) -> bool:
+    return parameter == target or parameter.endswith(f".{target}")
+
+
+def _is_swapped(
+    pair: dict[str, tuple[str, Tensor]], features: tuple[int, int], spec: ExpertsSpec, config: dict[str, Any]
+) -> bool:
+    """Whether A holds the output features, by shape; a square projection goes by the version that wrote it."""
+    for side in "AB":
+        if side not in pair:
+            key = next(iter(pair.values()))[0]
+            raise AdapterFormatError(f"{key}: its other half, lora_{side}, is missing")
+    (key_a, a), (key_b, b) = pair["A"], pair["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] % spec.num_experts:
+        raise AdapterFormatError(
+            f"{key_a}: shapes {list(a.shape)} and {list(b.shape)} ({key_b}) are no LoRA of {spec.num_experts} experts"
+        )
+    plain = (a.shape[1], b.shape[0]) == features
+    swapped = (a.shape[1], b.shape[0]) == features[::-1]
+    if not plain and not swapped:
+        raise AdapterFormatError(
+            f"{key_a}: shapes {list(a.shape)} and {list(b.shape)} ({key_b}) fit no projection with "
+            f"{features[0]} input and {features[1]} output features of {spec.num_experts} experts"
+        )
+    if plain and swapped:
+        version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+        if version is None:
+            raise AdapterFormatError(f"{key_a}: a square projection, and adapter_config.json has no peft_version")
+        return tuple(map(int, version.groups())) < UNSWAPPED_SINCE
+    return swapped
+
+
+def _matrices(
+    parameter: str,
+    pair: dict[str, tuple[str, Tensor]],
+    features: tuple[int, int],
+    spec: ExpertsSpec,
+    config: dict[str, Any],
+    swapped: bool,
+) -> tuple[Tensor, Tensor]:
+    """``A [E, r, in]`` and ``B [E, out, r]`` with the scaling in B."""
+    _is_swapped(pair, features, spec, config)
+    a, b, experts = pair["A"][1], pair["B"][1], spec.num_experts
+    a = a.reshape(experts, -1, a.shape[1])
+    b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    if swapped:
+        a, b = b.transpose(1, 2), a.transpose(1, 2)
+    rank = a.shape[1]
+    alpha = _pattern(config.get("alpha_pattern"), parameter, config.get("lora_alpha", 8))
+    expected = _pattern(config.get("rank_pattern"), parameter, config.get("r", rank))
+    if expected != rank:
+        raise AdapterFormatError(f"{pair['A'][0]}: rank {rank}, but adapter_config.json says {expected}")
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return a.contiguous(), (b * scaling).contiguous()
+
+
+def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
+    """PEFT's rule: the first pattern that matches the whole name or its end after a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default

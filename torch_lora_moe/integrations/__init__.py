@@ -1,0 +1,1 @@
+"""Bindings to model libraries, one file each; nothing is imported until its file is."""

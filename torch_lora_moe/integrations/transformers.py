@@ -1,0 +1,203 @@
+"""Hugging Face Transformers models (5.x) with a LoRA adapter per request.
+
+    pool = AdapterPool(expert_layers(model), max_loras=8, max_lora_rank=16)
+    pool.load("support", "path/to/adapter")
+    enable(model, pool)
+    with use_adapters(model, ["support", None]):
+        model.generate(**batch_of_two)
+
+Transformers hands the experts of a layer to a function chosen by name (``ALL_EXPERTS_FUNCTIONS``); ours is registered
+as ``lora_moe``. Model keyword arguments do not reach that function, so the slots of a batch's requests wait in a buffer
+that the layers share, where ``torch.compile`` and CUDA graphs can see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from torch_lora_moe import reference
+from torch_lora_moe.adapters import AdapterPool, ExpertsSpec
+from torch_lora_moe.api import MoELoRA, fused_experts
+
+NAME = "lora_moe"
+
+
+class RequestSlots(nn.Module):
+    """The adapter slot of each request of the running batch, shared by all layers of a model."""
+
+    slots: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("slots", torch.full((1,), -1, dtype=torch.int32, device=device), persistent=False)
+        self._by_size = {1: self.slots}
+
+    def set(self, slots: Tensor) -> None:
+        """Takes the slots of a batch over; batches of one size share one tensor, which CUDA graphs rely on."""
+        self.slots = self._by_size.setdefault(slots.shape[0], torch.empty_like(slots))
+        self.slots.copy_(slots)
+
+    def per_token(self, num_tokens: int) -> Tensor:
+        """Slots of ``num_tokens`` tokens, an equal share of neighbours for each request."""
+        requests = self.slots.shape[0]
+        if num_tokens % requests:
+            raise ValueError(f"names: got {requests} requests for {num_tokens} tokens, expected an equal share each")
+        return self.slots.repeat_interleave(num_tokens // requests, output_size=num_tokens)
+
+
+class LayerBinding(nn.Module):
+    """What one MoE layer needs to run with adapters: its slots of the pool and its activation."""
+
+    def __init__(self, lora: MoELoRA, requests: RequestSlots, activation: str, alpha: float, limit: float) -> None:
+        super().__init__()
+        for name, value in zip(MoELoRA._fields, lora, strict=True):
+            self.register_buffer(name, value, persistent=False)
+        self.requests = requests
+        self.activation, self.alpha, self.limit = activation, alpha, limit
+
+    def lora(self) -> MoELoRA:
+        """The stacked adapter matrices of the layer."""
+        return MoELoRA(*(getattr(self, name) for name in MoELoRA._fields))
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertsSpec]:
+    """The MoE layers of a Transformers model that can be served, by module name.
+
+    Raises:
+        ValueError: the model has none, or one whose form the ops do not have; the message says which and why.
+    """
+    specs = {name: _spec(name, module) for name, module in model.named_modules() if _is_experts(module)}
+    if not specs:
+        raise ValueError(
+            f"model: {type(model).__name__} has no experts that Transformers dispatches through its experts interface"
+        )
+    return specs
+
+
+def enable(model: nn.Module, pool: AdapterPool) -> None:
+    """Runs the experts of ``model`` through this package, with the adapters of ``pool``.
+
+    Args:
+        model: a Transformers model on the pool's device, in the pool's dtype.
+        pool: made for ``expert_layers(model)``.
+
+    Raises:
+        ValueError: the model cannot be served, or the pool was made for another model, device or dtype.
+    """
+    specs = expert_layers(model)
+    if specs != pool.layers:
+        raise ValueError("pool: its layers are not those of the model, expected expert_layers(model)")
+    parameter = _first_weight(model.get_submodule(next(iter(specs))))
+    if parameter.device != pool.device or parameter.dtype != pool.dtype:
+        raise ValueError(
+            f"pool: got {pool.dtype} on {pool.device}, expected {parameter.dtype} on {parameter.device} as the model"
+        )
+    requests = RequestSlots(pool.device)
+    for name in specs:
+        module: Any = model.get_submodule(name)
+        activation, alpha, limit = _activation(name, module)
+        module.lora_moe = LayerBinding(pool.lora(name), requests, activation, alpha, limit)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    model.set_experts_implementation(NAME)  # type: ignore[operator]
+    model.lora_moe_pool, model.lora_moe_requests = pool, requests  # type: ignore[assignment]
+
+
+@contextmanager
+def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Gives each request of the batch its adapter, for every ``forward`` or ``generate`` inside.
+
+    Args:
+        model: a model that `enable` prepared.
+        names: one adapter name, or None, for each request (row of ``input_ids``).
+
+    Raises:
+        ValueError: the model is not enabled, or there are no names.
+        KeyError: an adapter is not loaded.
+    """
+    pool, requests = getattr(model, "lora_moe_pool", None), getattr(model, "lora_moe_requests", None)
+    if not isinstance(pool, AdapterPool) or not isinstance(requests, RequestSlots):
+        raise ValueError("model: not enabled, call enable(model, pool) first")
+    if not names:
+        raise ValueError("names: got none, expected one for each request")
+    before = requests.slots.clone()
+    requests.set(pool.token_lora_mapping(names))
+    try:
+        yield
+    finally:
+        requests.set(before)
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function that Transformers calls: ``[T, H]`` in and out, ids and weights ``[T, K]``."""
+    binding: LayerBinding = self.lora_moe
+    w13 = self.gate_up_proj if self.has_gate else self.up_proj
+    w2, biases = self.down_proj, (None, None)
+    if self.has_bias:
+        biases = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias)
+    if self.is_transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    return fused_experts(
+        hidden_states,
+        w13,
+        w2,
+        top_k_weights.contiguous(),
+        top_k_index.contiguous(),
+        binding.lora(),
+        binding.requests.per_token(hidden_states.shape[0]),
+        activation=binding.activation,
+        is_gated=self.has_gate,
+        w13_bias=biases[0],
+        w2_bias=biases[1],
+        interleaved=not self.is_concatenated,
+        swiglu_alpha=binding.alpha,
+        swiglu_limit=binding.limit,
+    )
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated", "_apply_gate"))
+
+
+def _first_weight(module: Any) -> Tensor:
+    weight: Tensor = module.gate_up_proj if module.has_gate else module.up_proj
+    return weight
+
+
+def _spec(name: str, module: Any) -> ExpertsSpec:
+    if getattr(module, "has_post_expert_norm", False):
+        raise ValueError(
+            f"model: {name} ({type(module).__name__}) has a norm after its experts, which the ops have not"
+        )
+    weight = _first_weight(module)
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"model: {name} ({type(module).__name__}) has {weight.dtype} weights, expected unquantized ones"
+        )
+    _activation(name, module)
+    experts, out_features, in_features = weight.shape
+    if module.is_transposed:
+        in_features, out_features = out_features, in_features
+    inner = out_features // 2 if module.has_gate else out_features
+    return ExpertsSpec(
+        experts, in_features, inner, bool(module.has_gate), bool(module.has_gate and not module.is_concatenated)
+    )
+
+
+def _activation(name: str, module: Any) -> tuple[str, float, float]:
+    """The activation of a layer, found by running the module's own on random input; also alpha and limit of SwiGLU."""
+    alpha, limit = float(getattr(module, "alpha", 1.702)), float(getattr(module, "limit", 7.0))
+    gated, interleaved = bool(module.has_gate), bool(module.has_gate and not module.is_concatenated)
+    probe = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 8
+    with torch.no_grad():
+        expected = module._apply_gate(probe) if gated else module.act_fn(probe)
+        for candidate in ("silu", "gelu", "gelu_tanh", "relu2", *(("swigluoai",) if gated else ())):
+            actual = reference.activate(probe, candidate, gated, interleaved, alpha, limit)
+            if torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
+                return candidate, alpha, limit
+    raise ValueError(f"model: {name} ({type(module).__name__}) has an activation that the ops have not")
