@@ -1,0 +1,158 @@
+"""Transformers models with an adapter per request: equal to PEFT running each adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import gpt_oss, mixtral, qwen3_moe, with_peft
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from torch_lora_moe.adapters import AdapterPool
+from torch_lora_moe.integrations.transformers import enable, expert_layers, use_adapters
+
+ADAPTERS = {"a": {"r": 4, "lora_alpha": 8}, "b": {"r": 6, "lora_alpha": 6, "use_rslora": True}}
+NAMES = ["a", None, "b", "a"]
+
+
+def prepared(build: Callable[[], PreTrainedModel], folder: Path) -> tuple[PreTrainedModel, PeftModel, AdapterPool]:
+    model = build()
+    peft_model = with_peft(model, ADAPTERS, folder)
+    pool = AdapterPool(expert_layers(model), max_loras=3, max_lora_rank=8)
+    for name in ADAPTERS:
+        pool.load(name, folder / name)
+    enable(model, pool)
+    return model, peft_model, pool
+
+
+def alone(peft_model: PeftModel, name: str | None, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of one request through PEFT."""
+    with torch.no_grad():
+        if name is None:
+            with peft_model.disable_adapter():
+                return peft_model(input_ids=ids, attention_mask=mask).logits
+        peft_model.set_adapter(name)
+        return peft_model(input_ids=ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, mixtral, gpt_oss])
+def test_mixed_batch_is_peft_one_by_one(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model, peft_model, _ = prepared(build, tmp_path)
+    ids, mask = torch.randint(1, 64, (4, 11)), torch.ones(4, 11, dtype=torch.int64)
+    with torch.no_grad(), use_adapters(model, NAMES):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    plain = alone(peft_model, None, ids, mask)
+    for row, name in enumerate(NAMES):
+        expected = alone(peft_model, name, ids[row : row + 1], mask[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+        assert ((expected - plain[row]).abs().max() > 0.01) == (name is not None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_with_left_padding_and_beams(beams: int, tmp_path: Path) -> None:
+    model, peft_model, _ = prepared(qwen3_moe, tmp_path)
+    ids, mask = torch.randint(1, 64, (4, 9)), torch.ones(4, 9, dtype=torch.int64)
+    ids[2, :4], mask[2, :4] = 0, 0
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": beams,
+        "disable_compile": True,
+    }
+    with use_adapters(model, NAMES):
+        tokens = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, name in enumerate(NAMES):
+        inputs = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        if name is None:
+            with peft_model.disable_adapter():
+                expected = peft_model.generate(**inputs, **options)
+        else:
+            peft_model.set_adapter(name)
+            expected = peft_model.generate(**inputs, **options)
+        assert torch.equal(tokens[row], expected[0])
+
+
+def test_compiled_model_equals_eager_and_sees_swaps(tmp_path: Path) -> None:
+    """Full graph; adapters come, go and change places without compiling again."""
+    model, peft_model, pool = prepared(qwen3_moe, tmp_path)
+    ids, mask = torch.randint(1, 64, (4, 8)), torch.ones(4, 8, dtype=torch.int64)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for names in (NAMES, ["b", "b", None, "a"], [None] * 4):
+        with torch.no_grad(), use_adapters(model, names):
+            logits = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, name in enumerate(names):
+            expected = alone(peft_model, name, ids[row : row + 1], mask[row : row + 1])
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+    pool.unload("a")
+    pool.load("again", tmp_path / "a")
+    with torch.no_grad(), use_adapters(model, ["again"] * 4):
+        logits = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits, alone(peft_model, "a", ids, mask), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_contexts_nest_and_end(tmp_path: Path) -> None:
+    model, _, _ = prepared(qwen3_moe, tmp_path)
+    slots = model.lora_moe_requests
+    with use_adapters(model, ["a", "b"]):
+        with use_adapters(model, ["b", None]):
+            assert slots.slots.tolist() == [1, -1]
+        assert slots.slots.tolist() == [0, 1]
+        with pytest.raises(RuntimeError), use_adapters(model, [None]):
+            raise RuntimeError
+        assert slots.slots.tolist() == [0, 1]
+    assert slots.slots.tolist() == [-1]
+
+
+class TestRefused:
+    """What cannot be served says why."""
+
+    def test_dense_model(self) -> None:
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        )
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no experts that Transformers dispatches"):
+            expert_layers(model)
+
+    def test_unknown_activation(self) -> None:
+        model = qwen3_moe()
+        model.model.layers[1].mlp.experts.act_fn = nn.Tanh()
+        with pytest.raises(ValueError, match=r"model.layers.1.mlp.experts \(Qwen3MoeExperts\) has an activation"):
+            expert_layers(model)
+
+    def test_post_expert_norm(self) -> None:
+        model = qwen3_moe()
+        model.model.layers[0].mlp.experts.has_post_expert_norm = True
+        with pytest.raises(ValueError, match="has a norm after its experts"):
+            expert_layers(model)
+
+    def test_pool_of_another_model(self) -> None:
+        pool = AdapterPool(expert_layers(mixtral()), max_loras=1, max_lora_rank=4)
+        with pytest.raises(ValueError, match="pool: its layers are not those of the model"):
+            enable(qwen3_moe(), pool)
+
+    def test_pool_of_another_dtype(self) -> None:
+        model = qwen3_moe()
+        pool = AdapterPool(expert_layers(model), max_loras=1, max_lora_rank=4, dtype=torch.bfloat16)
+        with pytest.raises(ValueError, match=r"pool: got torch.bfloat16 on cpu, expected torch.float32 on cpu"):
+            enable(model, pool)
+
+    def test_model_without_enable(self) -> None:
+        with pytest.raises(ValueError, match="model: not enabled"), use_adapters(qwen3_moe(), ["a"]):
+            pass
+
+    def test_requests_that_do_not_divide_the_batch(self, tmp_path: Path) -> None:
+        model, _, _ = prepared(qwen3_moe, tmp_path)
+        with pytest.raises(ValueError, match="names: got 4 requests for 9 tokens"), use_adapters(model, NAMES):
+            model(input_ids=torch.ones(3, 3, dtype=torch.int64))
