@@ -243,6 +243,7 @@ def test_lora_add(changes: dict[str, Any], error: type[Exception], message: str)
 
 SCHEDULE = torch.ops.lora_moe.route(GOOD.topk_ids, GOOD.token_lora_mapping, None, 6, 3)
 SHRUNK = torch.zeros(1, 34, 16)
+TOKENS = (GOOD.topk_ids, GOOD.token_lora_mapping, None)
 OPS: dict[str, tuple[Callable[[], Any], str]] = {
     "route experts": (
         lambda: torch.ops.lora_moe.route(GOOD.topk_ids, None, None, 0, 3),
@@ -257,23 +258,29 @@ OPS: dict[str, tuple[Callable[[], Any], str]] = {
         "max_loras: got 32768 slots of 65536 experts, expected fewer than 2**31 virtual experts",
     ),
     "shrink schedule": (
-        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, SCHEDULE, 1, 6),
-        "schedule: got shape [8, 35], expected [8, pairs + 1] = [8, 18]",
+        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, *TOKENS, SCHEDULE[:, 1:], 6),
+        "schedule: got shape [5, 34], expected [5, pairs + 1] = [5, 35]",
     ),
     "shrink split": (
-        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, SCHEDULE, 2, 6, 0),
+        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, *TOKENS, None, 6, 0),
         "split_k: got 0, expected at least 1",
     ),
     "shrink experts": (
-        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, SCHEDULE, 2, 7),
+        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, *TOKENS, None, 7),
         "lora_a: got 6 experts, expected 7 or 1",
     ),
+    "shrink rows": (
+        lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states[:9], LORA.gate_up_a, *TOKENS, None, 6),
+        "hidden_states: got 9 rows, expected 17 or 34",
+    ),
     "expand rank": (
-        lambda: torch.ops.lora_moe.lora_expand_add_(OUTPUT, SHRUNK, LORA.gate_up_b, SCHEDULE, None, 6),
+        lambda: torch.ops.lora_moe.lora_expand_add_(OUTPUT, SHRUNK, LORA.gate_up_b, *TOKENS, None, None, 6),
         "shrunk: got shape [1, 34, 16], expected [split_k, pairs, num_slices * rank] = [1, 34, 8]",
     ),
     "expand weights": (
-        lambda: torch.ops.lora_moe.lora_expand_add_(OUTPUT, SHRUNK, LORA.gate_up_b, SCHEDULE, torch.ones(17, 1), 6, 2),
+        lambda: torch.ops.lora_moe.lora_expand_add_(
+            OUTPUT, SHRUNK, LORA.gate_up_b, *TOKENS, None, torch.ones(17, 1), 6, 2
+        ),
         "topk_weights: got shape [17, 1], expected [tokens, top_k] = [17, 2]",
     ),
     "segments": (

@@ -67,10 +67,11 @@ def test_split_k_planes_add_up(split_k: int) -> None:
     inputs = make_inputs(Case())
     assert inputs.lora is not None
     case, a = inputs.case, inputs.lora.gate_up_a
-    schedule = torch.ops.lora_moe.route(
-        inputs.topk_ids, inputs.token_lora_mapping, None, case.num_experts, case.max_loras
-    )
-    planes = torch.ops.lora_moe.lora_shrink(inputs.hidden_states, a, schedule, case.top_k, case.num_experts, split_k)
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, None)
+    schedule = torch.ops.lora_moe.route(*tokens, case.num_experts, case.max_loras)
+    shrink = torch.ops.lora_moe.lora_shrink
+    planes = shrink(inputs.hidden_states, a, *tokens, schedule, case.num_experts, split_k)
+    assert torch.equal(planes, shrink(inputs.hidden_states, a, *tokens, None, case.num_experts, split_k))
     assert planes.shape == (split_k, 34, 16)
     exact, low = (
         reference.lora_shrink(inputs.hidden_states, a, inputs.topk_ids, inputs.slots, case.num_experts, dtype)

@@ -30,25 +30,25 @@ def test_route(variant: Case) -> None:
 def test_lora_shrink(variant: Case) -> None:
     inputs = make_inputs(variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
-    for a, pairs_per_row in ((lora.gate_up_a, variant.top_k), (lora.down_a, 1)):
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
+    for a, rows in ((lora.gate_up_a, variant.num_tokens), (lora.down_a, inputs.topk_ids.numel())):
         if a is not None:
-            x = torch.randn(variant.num_tokens * variant.top_k // pairs_per_row, a.shape[3]).to(variant.dtype)
-            for split_k in (1, 4):
-                args = (x, a, schedule_of(inputs), pairs_per_row, variant.num_experts, split_k)
-                opcheck(ops.lora_shrink.default, args)
+            x = torch.randn(rows, a.shape[3]).to(variant.dtype)
+            for schedule, split_k in ((None, 1), (schedule_of(inputs), 4)):
+                opcheck(ops.lora_shrink.default, (x, a, *tokens, schedule, variant.num_experts, split_k))
 
 
 def test_lora_expand_add_(variant: Case) -> None:
     inputs = make_inputs(variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
     for b, num_slices in ((lora.gate_up_b, variant.num_slices), (lora.down_b, 1)):
         if b is not None:
-            pairs = variant.num_tokens * variant.top_k
-            shrunk = torch.randn(2, pairs, num_slices * variant.rank)
+            shrunk = torch.randn(2, inputs.topk_ids.numel(), num_slices * variant.rank)
             wide = torch.randn(variant.num_tokens, variant.top_k, b.shape[2] + 6).to(variant.dtype)
-            for output in (wide[:, :, 2:-4], wide[:, :, 2:-4].contiguous()):
+            for output, schedule in ((wide[:, :, 2:-4], None), (wide[:, :, 2:-4].contiguous(), schedule_of(inputs))):
                 for weights in (None, inputs.topk_weights):
-                    args = (output, shrunk, b, schedule_of(inputs), weights, variant.num_experts, num_slices)
+                    args = (output, shrunk, b, *tokens, schedule, weights, variant.num_experts, num_slices)
                     opcheck(ops.lora_expand_add_.default, args)
 
 

@@ -13,9 +13,8 @@ from torch_lora_moe.testing import Case, Inputs, make_inputs
 
 def oracle(inputs: Inputs) -> torch.Tensor:
     case, pairs = inputs.case, inputs.topk_ids.numel()
-    lora_rows = routing.lora_tile_rows(pairs, case.num_experts, case.max_loras)
-    expert_rows = routing.expert_tile_rows(pairs, case.num_experts)
-    return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, lora_rows, expert_rows)
+    tile_rows = routing.expert_tile_rows(pairs, case.num_experts)
+    return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, tile_rows)
 
 
 def routed(inputs: Inputs) -> torch.Tensor:
@@ -35,7 +34,7 @@ def test_groups_of_many_tiles() -> None:
     inputs = make_inputs(Case(num_tokens=400, num_experts=3, max_loras=8, mapping=(1,) * 400))
     schedule = routed(inputs)
     assert torch.equal(schedule, oracle(inputs))
-    ids = schedule[routing.LORA_TILE_IDS, :-1]
+    ids = schedule[routing.EXPERT_TILE_IDS, :-1]
     assert (ids >= 0).sum() > ids[ids >= 0].unique().numel()
 
 
@@ -69,15 +68,13 @@ def test_no_mapping_means_no_adapter() -> None:
     inputs = make_inputs(Case(mapping=(-1,) * 17))
     args = (inputs.topk_ids, None, None, inputs.case.num_experts)
     assert torch.equal(torch.ops.lora_moe.route(*args, inputs.case.max_loras), oracle(inputs))
-    assert (torch.ops.lora_moe.route(*args, 0)[routing.SORTED_LORA_IDS, :-1] == -1).all()
+    assert (torch.ops.lora_moe.route(*args, 0)[routing.SORTED_VIRTUAL_IDS, :-1] == -1).all()
 
 
 def test_worked_example_of_the_docstring() -> None:
     topk_ids, mapping = torch.tensor([[1], [0], [1], [1]]), torch.tensor([0, -1, -1, 0])
     rows = [
-        line.split()
-        for line in (routing.__doc__ or "").splitlines()
-        if line.strip().startswith(("SORTED", "LORA_T", "EXPERT"))
+        line.split() for line in (routing.__doc__ or "").splitlines() if line.strip().startswith(("SORTED", "EXPERT"))
     ]
     expected = [[*map(int, row[1:5]), int(row[6])] for row in rows]
     assert torch.ops.lora_moe.route(topk_ids, mapping, None, 2, 1).tolist() == expected
@@ -85,8 +82,7 @@ def test_worked_example_of_the_docstring() -> None:
 
 @pytest.mark.parametrize("pairs", [0, 1, 17, 5000, 10**6])
 def test_tile_rows_fit_a_tensor_core(pairs: int) -> None:
-    for rows in (routing.lora_tile_rows(pairs, 128, 8), routing.expert_tile_rows(pairs, 128)):
-        assert rows in (16, 32, 64, 128)
+    assert routing.expert_tile_rows(pairs, 128) in (16, 32, 64, 128)
 
 
 class TestCache:

@@ -5,7 +5,7 @@ Everything here traces under ``torch.compile(fullgraph=True)``; the routing cach
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def virtual_experts_lora_add(
     Raises:
         TypeError, ValueError: before anything runs, naming the argument, what came and what was expected.
     """
-    num_experts = checks.check_lora_add(
+    num_experts = _checked_lora_add(
         output,
         hidden_states,
         lora_a,
@@ -165,15 +165,33 @@ def virtual_experts_lora_add(
         mul_routed_weight,
         num_slices,
     )
-    schedule = routing.cached_schedule(
-        routing_cache, ops.route, topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0]
-    )
-    num_tokens, top_k = topk_ids.shape
-    pairs_per_row = top_k if hidden_states.shape[0] == num_tokens else 1
-    split_k = routing.split_k(num_tokens * top_k, hidden_states.shape[1], hidden_states.device.type)
-    shrunk = ops.lora_shrink(hidden_states, lora_a, schedule, pairs_per_row, num_experts, split_k)
+    num_pairs, max_loras = topk_ids.shape[0] * topk_ids.shape[1], lora_a.shape[0]
+    tokens = (topk_ids, token_lora_mapping, adapter_enabled)
+    schedule = None
+    if routing.lora_needs_schedule(num_pairs, hidden_states.device.type):
+        schedule = routing.cached_schedule(routing_cache, ops.route, *tokens, num_experts, max_loras)
+    split_k = routing.split_k(num_pairs, hidden_states.shape[1], hidden_states.device.type)
+    shrunk = ops.lora_shrink(hidden_states, lora_a, *tokens, schedule, num_experts, split_k)
     weights = topk_weights if mul_routed_weight else None
-    ops.lora_expand_add_(output, shrunk, lora_b, schedule, weights, num_experts, num_slices)
+    ops.lora_expand_add_(output, shrunk, lora_b, *tokens, schedule, weights, num_experts, num_slices)
+
+
+# Number of experts of the calls checked before, by all that the check looks at: checking costs more than a launch.
+_CHECKED: dict[tuple[object, ...], int] = {}
+
+
+def _checked_lora_add(*arguments: Any) -> int:
+    """``checks.check_lora_add``, once for each combination of shapes, dtypes, strides and devices."""
+    if torch.compiler.is_compiling() or not all(isinstance(value, Tensor) or value is None for value in arguments[:8]):
+        return checks.check_lora_add(*arguments)
+    key = (*map(checks.like, arguments[:8]), *arguments[8:])
+    num_experts = _CHECKED.get(key)
+    if num_experts is None:
+        num_experts = checks.check_lora_add(*arguments)
+        if len(_CHECKED) >= 4096:
+            _CHECKED.clear()
+        _CHECKED[key] = num_experts
+    return num_experts
 
 
 class LoRAHooks:

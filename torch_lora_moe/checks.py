@@ -157,6 +157,13 @@ def check_lora_pair(
     return experts
 
 
+def like(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """All of a tensor that a check looks at."""
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.get_device()
+
+
 def check_lora_add(
     output: Tensor,
     hidden_states: Tensor,
@@ -217,26 +224,36 @@ def _router_weights(topk_weights: Tensor | None, num_tokens: int, top_k: int, de
 def check_schedule(schedule: Tensor, num_pairs: int, device: torch.device) -> None:
     """Checks that ``schedule`` is one of ``lora_moe::route`` for ``num_pairs`` pairs."""
     _tensor("schedule", schedule, 2, (torch.int32,), device)
-    _shape("schedule", schedule, (8, num_pairs + 1), "[8, pairs + 1]")
+    _shape("schedule", schedule, (5, num_pairs + 1), "[5, pairs + 1]")
     _contiguous("schedule", schedule)
 
 
 def check_shrink(
-    hidden_states: Tensor, lora_a: Tensor, schedule: Tensor, top_k: int, num_experts: int, split_k: int = 1
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    num_experts: int,
+    split_k: int = 1,
 ) -> None:
     """Checks the arguments of ``lora_moe::lora_shrink``; errors as `check_lora_add`."""
     device, dtype = hidden_states.device, hidden_states.dtype
     _tensor("hidden_states", hidden_states, 2, FLOATS, device)
     _rows_contiguous("hidden_states", hidden_states)
-    if top_k < 1:
-        _fail("top_k", top_k, "at least 1")
-    check_schedule(schedule, hidden_states.shape[0] * top_k, device)
     _tensor("lora_a", lora_a, 4, (dtype,), device)
     _contiguous("lora_a", lora_a)
     if lora_a.shape[1] not in (1, num_experts):
         _fail("lora_a", f"{lora_a.shape[1]} experts", f"{num_experts} or 1")
     if lora_a.shape[3] != hidden_states.shape[1]:
         _fail("lora_a", f"{lora_a.shape[3]} input features", f"{hidden_states.shape[1]}")
+    check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
+    num_tokens, top_k = topk_ids.shape
+    if hidden_states.shape[0] not in (num_tokens, num_tokens * top_k):
+        _fail("hidden_states", f"{hidden_states.shape[0]} rows", f"{num_tokens} or {num_tokens * top_k}")
+    if schedule is not None:
+        check_schedule(schedule, num_tokens * top_k, device)
     if split_k < 1:
         _fail("split_k", split_k, "at least 1")
 
@@ -245,7 +262,10 @@ def check_expand(
     output: Tensor,
     shrunk: Tensor,
     lora_b: Tensor,
-    schedule: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
     topk_weights: Tensor | None,
     num_experts: int,
     num_slices: int = 1,
@@ -254,7 +274,6 @@ def check_expand(
     device = output.device
     _tensor("output", output, 3, FLOATS, device)
     num_tokens, top_k, out_features = output.shape
-    check_schedule(schedule, num_tokens * top_k, device)
     _tensor("lora_b", lora_b, 4, FLOATS, device)
     _contiguous("lora_b", lora_b)
     if lora_b.shape[1] not in (1, num_experts):
@@ -263,6 +282,10 @@ def check_expand(
         _fail("lora_b", f"{lora_b.shape[2]} output features", f"{out_features}")
     if num_slices < 1 or out_features % num_slices:
         _fail("num_slices", num_slices, f"a divisor of the {out_features} output columns")
+    check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
+    _shape("topk_ids", topk_ids, (num_tokens, top_k), "[tokens, top_k] of output")
+    if schedule is not None:
+        check_schedule(schedule, num_tokens * top_k, device)
     _tensor("shrunk", shrunk, 3, (torch.float32,), device)
     expected = (shrunk.shape[0], num_tokens * top_k, num_slices * lora_b.shape[3])
     _shape("shrunk", shrunk, expected, "[split_k, pairs, num_slices * rank]")

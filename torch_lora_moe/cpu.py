@@ -51,12 +51,9 @@ def route(
     experts, slots = experts[order], slots[order]
 
     _put(schedule[routing.SORTED_TOKEN_IDS], order)
-    _put(schedule[routing.SORTED_LORA_IDS], slots)
-    virtual = torch.where(slots >= 0, slots * num_experts + experts, -1)
-    lora_rows = routing.lora_tile_rows(num_pairs, num_experts, max_loras)
-    _put_tiles(schedule[routing.LORA_TILE_IDS : routing.LORA_TILE_ROWS + 1], virtual, lora_rows)
-    expert_rows = routing.expert_tile_rows(num_pairs, num_experts)
-    _put_tiles(schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1], experts, expert_rows)
+    _put(schedule[routing.SORTED_VIRTUAL_IDS], torch.where(slots >= 0, slots * num_experts + experts, -1))
+    tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
+    _put_tiles(schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1], experts, tile_rows)
     return schedule
 
 
@@ -76,10 +73,9 @@ def _put(row: Tensor, values: Tensor) -> None:
 
 
 def _put_tiles(rows: Tensor, groups: Tensor, height: int) -> None:
-    """Cuts equal neighbours of ``groups`` (-1: no tile) into tiles and writes their ids, starts and row counts."""
+    """Cuts equal neighbours of ``groups`` into tiles and writes their ids, starts and row counts."""
     ids, counts = groups.unique_consecutive(return_counts=True)
     starts = counts.cumsum(0) - counts
-    ids, counts, starts = ids[ids >= 0], counts[ids >= 0], starts[ids >= 0]
     per_group = (counts + height - 1) // height
     group = torch.arange(ids.numel()).repeat_interleave(per_group)
     offset = (torch.arange(group.numel()) - (per_group.cumsum(0) - per_group)[group]) * height
@@ -89,13 +85,23 @@ def _put_tiles(rows: Tensor, groups: Tensor, height: int) -> None:
 
 
 def lora_shrink(
-    hidden_states: Tensor, lora_a: Tensor, schedule: Tensor, top_k: int, num_experts: int, split_k: int = 1
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    num_experts: int,
+    split_k: int = 1,
 ) -> Tensor:
     """Rank vectors in ``split_k`` fp32 planes ``[split_k, P, rows of A]``; zero for pairs that LoRA skips."""
-    num_pairs, in_features = schedule.shape[1] - 1, hidden_states.shape[1]
+    num_pairs, in_features = topk_ids.numel(), hidden_states.shape[1]
+    if schedule is None:
+        schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
     planes = torch.zeros(split_k, num_pairs, lora_a.shape[2])
     pairs, groups = _lora_groups(schedule, lora_a, num_experts)
-    x = hidden_states[pairs // top_k].float()
+    pairs_per_row = num_pairs // max(hidden_states.shape[0], 1)
+    x = hidden_states[pairs // max(pairs_per_row, 1)].float()
     chunk = -(-in_features // split_k)
     for plane, start in zip(planes, range(0, in_features, max(chunk, 1)), strict=False):
         columns = slice(start, start + chunk)
@@ -107,17 +113,22 @@ def lora_expand_add_(
     output: Tensor,
     shrunk: Tensor,
     lora_b: Tensor,
-    schedule: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
     topk_weights: Tensor | None,
     num_experts: int,
     num_slices: int = 1,
 ) -> None:
     """``output[t, k] += weight * B @ s`` for the pairs that LoRA does not skip."""
+    if schedule is None:
+        schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
     pairs, groups = _lora_groups(schedule, lora_b, num_experts)
     delta = _expand(shrunk.sum(0)[pairs], lora_b, groups, num_slices)
     if topk_weights is not None:
         delta *= topk_weights.reshape(-1, 1)[pairs].float()
-    token, k = pairs // max(output.shape[1], 1), pairs % max(output.shape[1], 1)
+    token, k = pairs // output.shape[1], pairs % output.shape[1]
     output[token, k] = (output[token, k].float() + delta).to(output.dtype)
 
 
@@ -146,33 +157,30 @@ def fused_experts(call: FusedArguments) -> Tensor:
 
 def _expert_groups(schedule: Tensor) -> tuple[Tensor, list[Group]]:
     """The sorted pairs and their groups by expert."""
+    ids, starts, rows = schedule[routing.EXPERT_TILE_IDS :, : int(schedule[routing.EXPERT_TILE_IDS, -1])].tolist()
+    groups: list[Group] = []
+    for expert, start, count in zip(ids, starts, rows, strict=True):
+        if groups and groups[-1].weight == expert:  # tiles of one expert are joined again
+            groups[-1] = Group(expert, groups[-1].start, start + count)
+        else:
+            groups.append(Group(expert, start, start + count))
     num_pairs = int(schedule[routing.SORTED_TOKEN_IDS, -1])
-    return schedule[routing.SORTED_TOKEN_IDS, :num_pairs].long(), _groups(schedule, routing.EXPERT_TILE_IDS)
+    return schedule[routing.SORTED_TOKEN_IDS, :num_pairs].long(), groups
 
 
 def _lora_groups(schedule: Tensor, weights: Tensor, num_experts: int) -> tuple[Tensor, list[Group]]:
     """The pairs that LoRA adapts, in sorted order, and their groups by index into ``weights.flatten(0, 1)``."""
-    slots = schedule[routing.SORTED_LORA_IDS, : int(schedule[routing.SORTED_TOKEN_IDS, -1])]
-    adapted = schedule[routing.SORTED_TOKEN_IDS, : slots.numel()][slots >= 0].long()
-    shared = weights.shape[1] == 1
+    num_pairs = int(schedule[routing.SORTED_TOKEN_IDS, -1])
+    pairs, virtual = schedule[:2, :num_pairs]
+    adapted = virtual >= 0
+    ids, counts = virtual[adapted].unique_consecutive(return_counts=True)
+    if weights.shape[1] == 1:
+        ids = ids // num_experts
     groups, start = [], 0
-    for group in _groups(schedule, routing.LORA_TILE_IDS):
-        weight = group.weight // num_experts if shared else group.weight
-        groups.append(Group(weight, start, start + group.stop - group.start))
-        start = groups[-1].stop
-    return adapted, groups
-
-
-def _groups(schedule: Tensor, table: int) -> list[Group]:
-    """Whole groups from a table of tiles: tiles that follow each other in one group are joined again."""
-    ids, starts, rows = schedule[table : table + 3, : int(schedule[table, -1])].tolist()
-    groups: list[Group] = []
-    for weight, start, count in zip(ids, starts, rows, strict=True):
-        if groups and groups[-1].weight == weight:
-            groups[-1] = Group(weight, groups[-1].start, start + count)
-        else:
-            groups.append(Group(weight, start, start + count))
-    return groups
+    for weight, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        groups.append(Group(weight, start, start + count))
+        start += count
+    return pairs[adapted].long(), groups
 
 
 def _grouped_linear(x: Tensor, weights: Tensor, groups: list[Group]) -> Tensor:
@@ -209,7 +217,7 @@ def _add_lora(
     """Adds the LoRA delta of sorted rows ``x`` to sorted ``rows``, leaving the rows of skipped pairs untouched."""
     if a is None or b is None:
         return
-    adapted = (schedule[routing.SORTED_LORA_IDS, : x.shape[0]] >= 0).nonzero().squeeze(1)
+    adapted = (schedule[routing.SORTED_VIRTUAL_IDS, : x.shape[0]] >= 0).nonzero().squeeze(1)
     _, groups = _lora_groups(schedule, a, num_experts)
     shrunk = _grouped_linear(x[adapted], a.flatten(0, 1), groups)
     _, groups = _lora_groups(schedule, b, num_experts)

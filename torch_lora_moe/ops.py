@@ -7,6 +7,7 @@ A registration costs host time at every call, so ops are defined and implemented
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,13 @@ SCHEMAS = {
         "SymInt num_experts, SymInt max_loras) -> Tensor"
     ),
     "lora_shrink": (
-        "lora_shrink(Tensor hidden_states, Tensor lora_a, Tensor schedule, "
-        "SymInt top_k, SymInt num_experts, SymInt split_k=1) -> Tensor"
+        "lora_shrink(Tensor hidden_states, Tensor lora_a, Tensor topk_ids, Tensor token_lora_mapping, "
+        "Tensor? adapter_enabled, Tensor? schedule, SymInt num_experts, SymInt split_k=1) -> Tensor"
     ),
     "lora_expand_add_": (
-        "lora_expand_add_(Tensor(a!) output, Tensor shrunk, Tensor lora_b, Tensor schedule, "
-        "Tensor? topk_weights, SymInt num_experts, SymInt num_slices=1) -> ()"
+        "lora_expand_add_(Tensor(a!) output, Tensor shrunk, Tensor lora_b, Tensor topk_ids, "
+        "Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, Tensor? topk_weights, "
+        "SymInt num_experts, SymInt num_slices=1) -> ()"
     ),
     "fused_experts": (
         "fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
@@ -55,9 +57,16 @@ def _route_fake(
 
 
 def _shrink_fake(
-    hidden_states: Tensor, lora_a: Tensor, schedule: Tensor, top_k: int, num_experts: int, split_k: int = 1
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    num_experts: int,
+    split_k: int = 1,
 ) -> Tensor:
-    shape = (split_k, hidden_states.shape[0] * top_k, lora_a.shape[2])
+    shape = (split_k, topk_ids.shape[0] * topk_ids.shape[1], lora_a.shape[2])
     return hidden_states.new_empty(shape, dtype=torch.float32)
 
 
@@ -90,18 +99,37 @@ def _checked_layer(kernel: Callable[[FusedArguments], Tensor]) -> Callable[..., 
     return run
 
 
-# op: (CPU kernel, fake)
+def _from_module(module: str, name: str) -> Callable[..., Any]:
+    """A CUDA kernel that is imported, and Triton with it, at its first call; it checks what it has not seen before."""
+    kernel: Callable[..., Any] | None = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(importlib.import_module(f"torch_lora_moe.{module}"), name)
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+# op: (CPU kernel, module of its CUDA kernel, fake)
 _KERNELS = {
-    "route": (_checked(checks.check_routing, cpu.route), _checked(checks.check_routing, _route_fake)),
-    "lora_shrink": (_checked(checks.check_shrink, cpu.lora_shrink), _checked(checks.check_shrink, _shrink_fake)),
+    "route": (_checked(checks.check_routing, cpu.route), "launch", _checked(checks.check_routing, _route_fake)),
+    "lora_shrink": (
+        _checked(checks.check_shrink, cpu.lora_shrink),
+        "launch",
+        _checked(checks.check_shrink, _shrink_fake),
+    ),
     "lora_expand_add_": (
         _checked(checks.check_expand, cpu.lora_expand_add_),
+        "launch",
         _checked(checks.check_expand, _expand_fake),
     ),
-    "fused_experts": (_checked_layer(cpu.fused_experts), _checked_layer(_fused_fake)),
+    "fused_experts": (_checked_layer(cpu.fused_experts), "layer", _checked_layer(_fused_fake)),
 }
-for _name, (_cpu_kernel, _fake) in _KERNELS.items():
+for _name, (_cpu_kernel, _module, _fake) in _KERNELS.items():
     _LIBRARY.impl(_name, _cpu_kernel, "CPU")
+    _LIBRARY.impl(_name, _from_module(_module, _name), "CUDA")
     torch.library.register_fake(f"lora_moe::{_name}", _fake, lib=_LIBRARY)
 
 route = torch.ops.lora_moe.route.default

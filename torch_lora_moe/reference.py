@@ -27,19 +27,12 @@ def effective_slots(
     return [slot if 0 <= slot < max_loras and enabled[slot] else -1 for slot in token_lora_mapping.tolist()]
 
 
-def route(
-    topk_ids: Tensor,
-    slots: list[int],
-    num_experts: int,
-    lora_tile_rows: int,
-    expert_tile_rows: int,
-) -> Tensor:
-    """The schedule of ``lora_moe::route``: int32 ``[8, P + 1]``, rows as ``routing`` names them.
+def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int) -> Tensor:
+    """The schedule of ``lora_moe::route``: int32 ``[5, P + 1]``, rows as ``routing`` names them.
 
     Pairs are ordered by (expert, slot), the slot -1 first, equal pairs in their own order; pairs of an expert outside
-    ``[0, num_experts)`` are left out. A tile is a run of at most ``*_tile_rows`` neighbours of one virtual expert
-    ``slot * num_experts + expert`` (LoRA tiles) or of one expert (expert tiles), cut from the start of its group.
-    Unused entries are -1; the last column counts the used ones.
+    ``[0, num_experts)`` are left out. A tile is a run of at most ``tile_rows`` neighbours of one expert, cut from the
+    start of its group. Unused entries are -1; the last column counts the used ones.
     """
     top_k, num_pairs = topk_ids.shape[1], topk_ids.numel()
     experts = topk_ids.reshape(-1).tolist()
@@ -47,29 +40,20 @@ def route(
         (p for p in range(num_pairs) if 0 <= experts[p] < num_experts),
         key=lambda p: (experts[p], slots[p // top_k], p),
     )
-    sorted_slots = [slots[p // top_k] for p in order]
-    virtual = [
-        slot * num_experts + experts[p] if slot >= 0 else -1 for p, slot in zip(order, sorted_slots, strict=True)
-    ]
-    lora_tiles = _tiles(virtual, lora_tile_rows)
-    expert_tiles = _tiles([experts[p] for p in order], expert_tile_rows)
+    virtual = [slots[p // top_k] * num_experts + experts[p] if slots[p // top_k] >= 0 else -1 for p in order]
+    tiles = _tiles([experts[p] for p in order], tile_rows)
 
-    columns: list[list[int]] = [order, sorted_slots]
-    for tiles in (lora_tiles, expert_tiles):
-        columns += [[tile[i] for tile in tiles] for i in range(3)]
-    schedule = torch.full((8, num_pairs + 1), -1, dtype=torch.int32)
-    for i, row in enumerate(columns):
+    schedule = torch.full((5, num_pairs + 1), -1, dtype=torch.int32)
+    for i, row in enumerate([order, virtual, *([tile[part] for tile in tiles] for part in range(3))]):
         schedule[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
         schedule[i, num_pairs] = len(row)
     return schedule
 
 
 def _tiles(groups: list[int], height: int) -> list[tuple[int, int, int]]:
-    """(group, first row, rows) of each tile over a list in which equal groups are neighbours; group -1 gets none."""
+    """(group, first row, rows) of each tile over a list in which equal groups are neighbours."""
     tiles: list[tuple[int, int, int]] = []
     for row, group in enumerate(groups):
-        if group < 0:
-            continue
         if tiles and tiles[-1][0] == group and tiles[-1][2] < height:
             tiles[-1] = (group, tiles[-1][1], tiles[-1][2] + 1)
         else:

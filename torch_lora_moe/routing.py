@@ -1,20 +1,16 @@
-"""The schedule that ``lora_moe::route`` makes: its layout, its tile heights, and the cache a layer call keeps it in.
+"""The schedule that ``lora_moe::route`` makes: its layout, its tile height, and the cache a layer call keeps it in.
 
 One order of the pairs, by (expert, slot), serves the base layer and LoRA alike: the rows of an expert are neighbours,
-and within them the rows of an adapter slot. Nothing is padded between groups; two tables of tiles cut the order into
-blocks, one by virtual expert ``slot * E + expert`` and one by expert.
+and within them the rows of an adapter slot. Nothing is padded. A table cuts the order into tiles of one expert each.
 
 Worked example, ``E = 2``, ``K = 1``, ``topk_ids = [[1], [0], [1], [1]]``, slots ``[0, -1, -1, 0]`` (the last column
 holds each row's number of used entries)::
 
-    SORTED_TOKEN_IDS    1  2  0  3 | 4     pairs by (expert, slot): token 1 on expert 0, then expert 1
-    SORTED_LORA_IDS    -1 -1  0  0 | 4     their slots, -1 first
-    LORA_TILE_IDS       1 -1 -1 -1 | 1     virtual expert 0 * 2 + 1
-    LORA_TILE_STARTS    2 -1 -1 -1 | 1     its rows start at 2
-    LORA_TILE_ROWS      2 -1 -1 -1 | 1     and are two
-    EXPERT_TILE_IDS     0  1 -1 -1 | 2
-    EXPERT_TILE_STARTS  0  1 -1 -1 | 2
-    EXPERT_TILE_ROWS    1  3 -1 -1 | 2     expert 1 has three rows; more than a tile holds would make a second tile
+    SORTED_TOKEN_IDS     1  2  0  3 | 4     pairs by (expert, slot): token 1 on expert 0, then expert 1, slot -1 first
+    SORTED_VIRTUAL_IDS  -1 -1  1  1 | 4     their virtual experts slot * E + expert, -1 where LoRA skips the pair
+    EXPERT_TILE_IDS      0  1 -1 -1 | 2     the tiles' experts
+    EXPERT_TILE_STARTS   0  1 -1 -1 | 2     where their rows start
+    EXPERT_TILE_ROWS     1  3 -1 -1 | 2     and how many there are; more than a tile holds would make a second tile
 """
 
 from __future__ import annotations
@@ -25,29 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SORTED_TOKEN_IDS = 0
-SORTED_LORA_IDS = 1
-LORA_TILE_IDS, LORA_TILE_STARTS, LORA_TILE_ROWS = 2, 3, 4
-EXPERT_TILE_IDS, EXPERT_TILE_STARTS, EXPERT_TILE_ROWS = 5, 6, 7
-NUM_SCHEDULE_ROWS = 8
+SORTED_TOKEN_IDS, SORTED_VIRTUAL_IDS = 0, 1
+EXPERT_TILE_IDS, EXPERT_TILE_STARTS, EXPERT_TILE_ROWS = 2, 3, 4
+NUM_SCHEDULE_ROWS = 5
+
+# Up to this many pairs a GPU gives each pair a program of its own, and LoRA needs no schedule.
+UNSORTED_PAIRS = 1024
 
 RoutingCache = MutableMapping[str, Any]
 
 
-def lora_tile_rows(num_pairs: int, num_experts: int, max_loras: int) -> int:
-    """Most rows in a LoRA tile: a pure function of the shapes, so that all ops of a layer agree without being told."""
-    return _tile_rows(num_pairs, num_experts * max_loras, 64)
-
-
 def expert_tile_rows(num_pairs: int, num_experts: int) -> int:
-    """Most rows in an expert tile, see `lora_tile_rows`."""
-    return _tile_rows(num_pairs, num_experts, 128)
+    """Most rows in an expert tile: a power of two from 16 (the smallest tensor-core tile) that an average expert fills.
 
-
-def _tile_rows(num_pairs: int, num_groups: int, most: int) -> int:
-    """A power of two from 16 (the smallest tensor-core tile) to ``most`` that an average group about fills."""
+    A pure function of the shapes, so that all ops of a layer agree on it without being told.
+    """
     rows = 16
-    while rows < most and rows * num_groups < num_pairs:
+    while rows < 128 and rows * num_experts < num_pairs:
         rows *= 2
     return rows
 
@@ -55,6 +45,11 @@ def _tile_rows(num_pairs: int, num_groups: int, most: int) -> int:
 def schedule_shape(num_pairs: int) -> tuple[int, int]:
     """Shape of a schedule of ``num_pairs`` pairs: every tile holds at least one pair, so no row needs more."""
     return NUM_SCHEDULE_ROWS, num_pairs + 1
+
+
+def lora_needs_schedule(num_pairs: int, device_type: str) -> bool:
+    """Whether a LoRA product of this many pairs wants them sorted; always in a traced graph, which serves any size."""
+    return device_type != "cuda" or torch.compiler.is_compiling() or num_pairs > UNSORTED_PAIRS
 
 
 def cached_schedule(
@@ -101,5 +96,5 @@ def split_k(num_pairs: int, in_features: int, device_type: str) -> int:
         return 1
     most = max(1, min(8, in_features // 256))
     if isinstance(num_pairs, int):
-        return max(1, min(most, 1024 // (num_pairs + 1)))
-    return torch.sym_max(1, torch.sym_min(most, 1024 // (num_pairs + 1)))
+        return max(1, min(most, 8192 // (num_pairs + 1)))
+    return torch.sym_max(1, torch.sym_min(most, 8192 // (num_pairs + 1)))

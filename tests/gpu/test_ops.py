@@ -1,0 +1,257 @@
+"""The CUDA kernels against the oracle: every variant, both LoRA paths, isolation, determinism, large offsets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from layers import by_adapter, make_layer
+from torch import Tensor
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from torch_lora_moe import (
+    MoELoRA,
+    build_lora_hooks,
+    fused_experts,
+    launch,
+    reference,
+    routing,
+    virtual_experts_lora_add,
+)
+from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
+
+ops = torch.ops.lora_moe
+NAN = float("nan")
+
+
+@pytest.fixture(params=[False, True], ids=["by_pair", "by_block"])
+def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Runs a test on both LoRA paths, whatever the batch."""
+    plans = (launch._SHRINK_PLANS, launch._EXPAND_PLANS)
+    for plan in plans:
+        plan.clear()
+    monkeypatch.setattr(routing, "UNSORTED_PAIRS", 0 if request.param else 1 << 30)
+    yield request.param
+    for plan in plans:
+        plan.clear()
+
+
+def test_layer(variant: Case, sorts: bool) -> None:
+    inputs = make_inputs(variant, "cuda")
+    check_layer(inputs, inputs.run())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 8, 12, 16, 64, 128, 256])
+def test_sizes(tokens: int, dtype: torch.dtype, rank: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(num_tokens=tokens, rank=rank, dtype=dtype, hidden_size=100, intermediate_size=72), "cuda")
+    check_layer(inputs, inputs.run())
+
+
+@pytest.mark.parametrize("tokens", [150, 700, 3000])
+@pytest.mark.parametrize(
+    "shape", [(16, 4, 16), (128, 64, 8), (8, 3, 64)], ids=lambda shape: "E{}_L{}_r{}".format(*shape)
+)
+def test_batches_of_every_route(tokens: int, shape: tuple[int, int, int]) -> None:
+    experts, slots, rank = shape
+    layer = make_layer(tokens, experts=experts, slots=slots, rank=rank)
+    actual = fused_experts(layer.x, layer.w13, layer.w2, layer.weights, layer.ids, layer.lora, layer.mapping)
+    assert_within_budget(
+        actual, by_adapter(layer, torch.float64).cpu(), by_adapter(layer, torch.bfloat16).cpu(), torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 512, 513, 3000])
+@pytest.mark.parametrize("experts", [1, 6, 128, 512])
+@pytest.mark.parametrize("slots", [1, 8, 300])
+@pytest.mark.parametrize("skew", ["random", "one_expert", "one_adapter", "disabled"])
+def test_route(tokens: int, experts: int, slots: int, skew: str) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts + 1, (tokens, 8), generator=generator)
+    mapping = torch.randint(-1, slots + 1, (tokens,), generator=generator, dtype=torch.int32)
+    enabled = torch.rand(slots, generator=generator) < 0.7
+    if skew == "one_expert":
+        ids.fill_(experts - 1)
+    elif skew == "one_adapter":
+        mapping.fill_(slots - 1)
+    elif skew == "disabled":
+        enabled.zero_()
+    expected = torch.ops.lora_moe.route(ids, mapping, enabled, experts, slots)
+    actual = torch.ops.lora_moe.route(ids.cuda(), mapping.cuda(), enabled.cuda(), experts, slots)
+    assert torch.equal(actual.cpu(), expected)
+    actual = torch.ops.lora_moe.route(ids.int().cuda(), None, None, experts, 0)
+    assert torch.equal(actual.cpu(), torch.ops.lora_moe.route(ids, None, None, experts, 0))
+
+
+def expected_add(
+    inputs: Inputs, output: Tensor, x: Tensor, a: Tensor, b: Tensor, slices: int, weighted: bool, dtype: torch.dtype
+) -> Tensor:
+    ids, experts = inputs.topk_ids.cpu(), inputs.case.num_experts
+    shrunk = reference.lora_shrink(x.cpu(), a.cpu(), ids, inputs.slots, experts, dtype)
+    delta = reference.lora_expand(shrunk, b.cpu(), ids, inputs.slots, experts, slices, dtype)
+    if weighted:
+        delta = delta * inputs.topk_weights.cpu().reshape(-1, 1).to(dtype)
+    return output.cpu().to(dtype) + delta.view(output.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared_outer", [False, True])
+@pytest.mark.parametrize("projection", ["gate_up", "down"])
+def test_lora_add(projection: str, shared_outer: bool, dtype: torch.dtype, sorts: bool) -> None:
+    case = Case(dtype=dtype, shared_outer=shared_outer, enabled=(True, False, True), hidden_size=300, rank=12)
+    inputs = make_inputs(case, "cuda")
+    assert inputs.lora is not None
+    a, b = inputs.lora[:2] if projection == "gate_up" else inputs.lora[2:4]
+    slices = 2 if projection == "gate_up" else 1
+    rows = case.num_tokens * (1 if projection == "gate_up" else case.top_k)
+    x = torch.randn(rows, a.shape[3], device="cuda").to(dtype)
+    wide = torch.randn(case.num_tokens, case.top_k, b.shape[2] + 10, device="cuda").to(dtype)
+    for view in (wide[:, :, 3:-7], wide.transpose(0, 1).contiguous().transpose(0, 1)[:, :, 8:-2]):
+        before = view.clone()
+        virtual_experts_lora_add(
+            view,
+            x,
+            a,
+            b,
+            inputs.topk_ids,
+            inputs.topk_weights,
+            inputs.token_lora_mapping,
+            mul_routed_weight=True,
+            adapter_enabled=inputs.lora.adapter_enabled,
+            num_slices=slices,
+        )
+        exact, low = (expected_add(inputs, before, x, a, b, slices, True, kind) for kind in (torch.float64, dtype))
+        assert_within_budget(view, exact, low, dtype)
+
+
+@pytest.mark.parametrize("split_k", [1, 2, 5, 64])
+def test_split_k(split_k: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(hidden_size=520), "cuda")
+    assert inputs.lora is not None
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, None, None)
+    planes = ops.lora_shrink(inputs.hidden_states, inputs.lora.gate_up_a, *tokens, 6, split_k)
+    exact, low = (
+        reference.lora_shrink(
+            inputs.hidden_states.cpu(), inputs.lora.gate_up_a.cpu(), inputs.topk_ids.cpu(), inputs.slots, 6, dtype
+        )
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_within_budget(planes.sum(0), exact, low, torch.float32)
+
+
+def poison(inputs: Inputs) -> Inputs:
+    """NaN in all that no result may depend on."""
+    case, lora = inputs.case, inputs.lora
+    assert lora is not None
+    skipped = (inputs.topk_ids < 0) | (inputs.topk_ids >= case.num_experts)
+    used = {slot for slot, row in zip(inputs.slots, skipped.tolist(), strict=True) if slot >= 0 and not all(row)}
+    weights = inputs.topk_weights.masked_fill(skipped, NAN)
+    hidden = inputs.hidden_states.masked_fill(skipped.all(1, keepdim=True), NAN)
+    parts = [part.clone() for part in lora[:4] if part is not None]
+    for part in parts:
+        part[[slot for slot in range(case.max_loras) if slot not in used]] = NAN
+    lora = MoELoRA(*parts, lora.adapter_enabled)
+    return dataclasses.replace(inputs, hidden_states=hidden, topk_weights=weights, lora=lora)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skipped_parts_are_never_read(dtype: torch.dtype, sorts: bool) -> None:
+    mapping = (0, 2, 7, -1, 2)
+    inputs = make_inputs(
+        Case(num_tokens=5, max_loras=4, mapping=mapping, enabled=(True, True, False, True), dtype=dtype), "cuda"
+    )
+    inputs.topk_ids[3] = -1
+    expected = inputs.run()
+    assert torch.equal(poison(inputs).run(), expected)
+    assert not expected[3].any()
+
+
+def test_runs_are_bit_identical(sorts: bool) -> None:
+    layer = make_layer(200)
+    args = (layer.x, layer.w13, layer.w2, layer.weights, layer.ids, layer.lora, layer.mapping)
+    first = fused_experts(*args)
+    assert all(torch.equal(fused_experts(*args), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("tokens", [4, 700])
+def test_offsets_beyond_int32(tokens: int) -> None:
+    """More than 2**31 elements in one stack of matrices; the last slot and expert are used."""
+    slots, experts, rank, hidden = 33, 128, 128, 4096
+    a = torch.zeros(slots, experts, rank, hidden, dtype=torch.bfloat16, device="cuda")
+    b = torch.zeros(slots, experts, hidden, rank, dtype=torch.bfloat16, device="cuda")
+    assert a.numel() > 2**31
+    a[-1, -1], b[-1, -1] = torch.randn_like(a[-1, -1]) / 64, torch.randn_like(b[-1, -1]) / 11
+    x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+    ids = torch.full((tokens, 2), experts - 1, device="cuda")
+    mapping = torch.full((tokens,), slots - 1, device="cuda", dtype=torch.int32)
+    output = torch.zeros(tokens, 2, hidden, device="cuda", dtype=torch.bfloat16)
+    virtual_experts_lora_add(output, x, a, b, ids, None, mapping)
+    exact = (x.double() @ a[-1, -1].double().T @ b[-1, -1].double().T).cpu()[:, None].expand(-1, 2, -1)
+    low = (x @ a[-1, -1].T @ b[-1, -1].T).cpu()[:, None].expand(-1, 2, -1)
+    assert_within_budget(output, exact, low, torch.bfloat16)
+
+
+@pytest.mark.parametrize("virtual", [(128, 8), (128, 64), (512, 64)], ids=str)
+def test_no_limit_on_virtual_experts(virtual: tuple[int, int]) -> None:
+    layer = make_layer(700, experts=virtual[0], slots=virtual[1], hidden=64, inner=32)
+    actual = fused_experts(layer.x, layer.w13, layer.w2, layer.weights, layer.ids, layer.lora, layer.mapping)
+    assert_within_budget(
+        actual, by_adapter(layer, torch.float64).cpu(), by_adapter(layer, torch.bfloat16).cpu(), torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    inputs = make_inputs(Case(dtype=dtype, enabled=(True, False, True)), "cuda")
+    lora = inputs.lora
+    assert lora is not None
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
+    opcheck(ops.route.default, (*tokens, 6, 3))
+    schedule = ops.route(*tokens, 6, 3)
+    for planes, given in ((1, None), (4, schedule)):
+        opcheck(ops.lora_shrink.default, (inputs.hidden_states, lora.gate_up_a, *tokens, given, 6, planes))
+        output = torch.randn(17, 2, 48, device="cuda").to(dtype)
+        shrunk = torch.randn(planes, 34, 16, device="cuda")
+        args = (output, shrunk, lora.gate_up_b, *tokens, given, inputs.topk_weights, 6, 2)
+        opcheck(ops.lora_expand_add_.default, args)
+    weights = (inputs.hidden_states, inputs.w13, inputs.w2, inputs.topk_weights, inputs.topk_ids)
+    opcheck(ops.fused_experts.default, (*weights, None, *lora[:4], *tokens[1:]), inputs.kwargs)
+
+
+def int4_quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int4 with a scale per output row, two values a byte."""
+    scale = weight.float().abs().amax(-1, keepdim=True) / 7
+    values = (weight.float() / scale).round().clamp(-8, 7).to(torch.int8) + 8
+    return (values[..., 0::2] | (values[..., 1::2] << 4)).to(torch.uint8), scale
+
+
+def dequantized(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    values = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float() - 8
+    return (values * scale).to(dtype)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int4"])
+def test_hooks_around_a_foreign_layer(quantized: bool, sorts: bool) -> None:
+    """Two plain GEMMs and an activation, or int4 weights behind a dequantizing GEMM, with the hooks in between."""
+    layer = make_layer(20, odd_ids=False)
+    if quantized:
+        packed = [int4_quantized(weight) for weight in (layer.w13, layer.w2)]
+        layer.w13, layer.w2 = (dequantized(*pair, torch.bfloat16) for pair in packed)
+        w13, w2 = (dequantized(*pair, torch.bfloat16) for pair in packed)
+    else:
+        w13, w2 = layer.w13, layer.w2
+    hooks = build_lora_hooks(layer.lora, layer.ids, layer.weights, layer.mapping)
+    ids = layer.ids.long()
+    cache1 = torch.einsum("mkoh,mh->mko", w13[ids], layer.x)
+    hooks.after_gate_up(layer.x, cache1)
+    h = F.silu(cache1[..., :128]) * cache1[..., 128:]
+    cache3 = (torch.einsum("mkhi,mki->mkh", w2[ids], h) * layer.weights[..., None]).to(torch.bfloat16)
+    hooks.after_down(h.flatten(0, 1), cache3)
+    actual = cache3.float().sum(1).to(torch.bfloat16)
+    assert_within_budget(
+        actual, by_adapter(layer, torch.float64).cpu(), by_adapter(layer, torch.bfloat16).cpu(), torch.bfloat16
+    )

@@ -1,0 +1,54 @@
+"""How times are taken: medians of CUDA-graph replays, and host time per call."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> float:
+    """Microseconds of one call: the median replay of a graph that holds all ``calls``, by their number.
+
+    Give it several calls with inputs of their own, so that one call does not find its data in the cache of the last.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return float(statistics.median(times)) / len(calls)
+
+
+def host_time(call: Callable[[], object], repeats: int = 200) -> float:
+    """Microseconds that the host spends in one eager call: the median, the GPU kept from falling behind."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for i in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        if i % 20 == 19:
+            torch.cuda.synchronize()
+    return statistics.median(times) * 1e6

@@ -1,0 +1,116 @@
+"""From a shape to a launch configuration: shipped tables for known GPUs, heuristics for the rest.
+
+A table is a JSON file of ``configs/`` named after the GPU; `bench.tune` writes it. Of its entries for a kernel the one
+nearest in shape is taken (distances in powers of two), so the choice depends on shapes alone: it is the same in eager
+mode, under capture and from run to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and warps of one launch.
+
+    ``block_m`` pairs, ``block_n`` output columns or rows of A, ``block_k`` columns of the summed dimension; a kernel
+    that has no such dimension ignores its size. More stages keep more loads in flight, more warps share a tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: torch.device) -> LaunchConfig:
+    """The configuration of ``kernel`` for ``num_pairs`` pairs.
+
+    Args:
+        kernel: ``shrink_pairs``, ``shrink_rows``, ``expand_pairs`` or ``expand_rows``.
+        num_pairs: pairs of the batch.
+        outer: rows of A (all slices) for a shrink, output columns of one slice for an expand.
+        inner: input features for a shrink, rank for an expand.
+        device: where it runs.
+    """
+    entries = _table(_device_name(device)).get(kernel)
+    if not entries:
+        return HEURISTICS[kernel](num_pairs, outer, inner)
+    return _nearest(kernel, num_pairs, outer, inner, _device_name(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(kernel: str, num_pairs: int, outer: int, inner: int, device_name: str) -> LaunchConfig:
+    def distance(entry: dict[str, Any]) -> float:
+        wanted = zip((num_pairs, outer, inner), entry["shape"], strict=True)
+        return sum(abs(math.log2(max(here, 1) / there)) for here, there in wanted)
+
+    entry = min(_table(device_name)[kernel], key=distance)
+    config = LaunchConfig(**entry["config"])
+    most = {"shrink": (outer, inner), "expand": (outer, inner)}[kernel.split("_")[0]]
+    # a tile tuned for a larger shape only wastes lanes on a smaller one
+    block_n = min(config.block_n, max(16, power_of_two(most[0])))
+    block_k = min(config.block_k, max(16, power_of_two(most[1])))
+    return LaunchConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages)
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device).replace(" ", "_") if device.type == "cuda" else "cpu"
+
+
+@functools.cache
+def _table(device_name: str) -> dict[str, list[dict[str, Any]]]:
+    file = resources.files("torch_lora_moe") / "configs" / f"{device_name}.json"
+    if not file.is_file():
+        return {}
+    table: dict[str, list[dict[str, Any]]] = json.loads(file.read_text())["kernels"]
+    return table
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether the GPU can start a kernel before the one it depends on has ended (compute capability 9.0 and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _shrink_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    block_k = min(256, max(16, power_of_two(inner)))
+    return LaunchConfig(1, min(32, power_of_two(outer)), block_k, 4, 3)
+
+
+def _shrink_rows(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    block_m = 16 if num_pairs <= 8192 else 32
+    block_k = min(128, max(16, power_of_two(inner)))
+    return LaunchConfig(block_m, min(64, max(16, power_of_two(outer))), block_k, 4, 3)
+
+
+def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    return LaunchConfig(1, min(256 if inner <= 32 else 64, max(16, power_of_two(outer))), 0, 4, 1)
+
+
+def _expand_rows(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    block_m = 16 if num_pairs <= 8192 else 32
+    return LaunchConfig(block_m, min(128, max(16, power_of_two(outer))), min(64, max(16, power_of_two(inner))), 4, 2)
+
+
+HEURISTICS = {
+    "shrink_pairs": _shrink_pairs,
+    "shrink_rows": _shrink_rows,
+    "expand_pairs": _expand_pairs,
+    "expand_rows": _expand_rows,
+}

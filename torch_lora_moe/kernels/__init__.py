@@ -1,0 +1,1 @@
+"""Triton kernels, one file a stage: device code only, launched by ``launch.py``."""

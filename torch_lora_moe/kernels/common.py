@@ -1,0 +1,61 @@
+"""What the kernels of several stages share: a pair's effective ids, and overlap with the kernel before."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def effective_slots(mapping, enabled, tokens, mask, max_loras, HAS_MAPPING: tl.constexpr, HAS_ENABLED: tl.constexpr):
+    """Adapter slot of each token as int32, -1 where it is out of range or disabled."""
+    slots = tl.full(tokens.shape, -1, tl.int32)
+    if HAS_MAPPING:
+        # compared before the cast: an int64 id must not wrap into range
+        wide = tl.load(mapping + tokens, mask=mask, other=-1)
+        used = (wide >= 0) & (wide < max_loras)
+        if HAS_ENABLED:
+            used = used & (tl.load(enabled + wide, mask=used, other=0) != 0)
+        slots = tl.where(used, wide, -1).to(tl.int32)
+    return slots
+
+
+@triton.jit
+def known_experts(topk_ids, pairs, mask, num_experts):
+    """Expert of each pair as int32, ``num_experts`` where it is out of range."""
+    wide = tl.load(topk_ids + pairs, mask=mask, other=-1)
+    return tl.where((wide >= 0) & (wide < num_experts), wide, num_experts).to(tl.int32)
+
+
+@triton.jit
+def virtual_ids(topk_ids, mapping, enabled, pairs, mask, top_k, num_experts, max_loras, HAS_ENABLED: tl.constexpr):
+    """``slot * num_experts + expert`` of each pair, -1 where LoRA skips it."""
+    experts = known_experts(topk_ids, pairs, mask, num_experts)
+    slots = effective_slots(mapping, enabled, pairs // top_k, mask, max_loras, True, HAS_ENABLED)
+    return tl.where((slots >= 0) & (experts < num_experts), slots * num_experts + experts, -1)
+
+
+@triton.jit
+def wait_for_producer(PDL: tl.constexpr):
+    """Until the kernel before has finished and its writes are visible; nothing it may write is read earlier."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release_consumer(PDL: tl.constexpr):
+    """Lets the next kernel start early; it waits by itself before it reads what this one writes."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Brings lines into L2 and reads nothing, so it is safe even while an earlier kernel writes them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

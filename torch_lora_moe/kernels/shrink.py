@@ -1,0 +1,121 @@
+"""Shrink: rank vectors ``s[p] = A[v] @ x`` of all pairs, in split-K planes of fp32.
+
+Few pairs take one program each and stream their own matrix (`shrink_pairs`, no sort, no tensor cores: the bytes of A
+are the time). Many pairs go in blocks of the sorted order (`shrink_rows`): a block holds a few virtual experts, and the
+rows of each meet its matrix in one tensor-core product.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import release_consumer, virtual_ids, wait_for_producer
+
+
+@triton.jit(do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"])
+def shrink_pairs(
+    x,
+    a,
+    out,
+    topk_ids,
+    mapping,
+    enabled,
+    num_pairs,
+    top_k,
+    pairs_per_row,
+    num_experts,
+    max_loras,
+    STRIDE_X: tl.constexpr,
+    IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_ENABLED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (pairs, blocks of A's rows, planes)."""
+    pair = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    plane = tl.program_id(2)
+    columns = plane * CHUNK + tl.arange(0, BLOCK_K)
+    wait_for_producer(PDL)
+    release_consumer(PDL)
+    virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    if virtual >= 0:
+        weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
+        a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
+        x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X
+        for start in range(0, CHUNK, BLOCK_K):
+            k = start + columns
+            inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
+            values = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
+            acc += values.to(tl.float32) * tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    target = out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows
+    tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"])
+def shrink_rows(
+    x,
+    a,
+    out,
+    topk_ids,
+    mapping,
+    enabled,
+    schedule,
+    num_pairs,
+    top_k,
+    pairs_per_row,
+    num_experts,
+    max_loras,
+    STRIDE_X: tl.constexpr,
+    IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_ENABLED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (blocks of sorted pairs, blocks of A's rows, planes)."""
+    block = tl.program_id(0) * BLOCK_M
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    plane = tl.program_id(2)
+    local = tl.arange(0, BLOCK_M)
+    there = block + local < num_pairs
+    out += plane.to(tl.int64) * num_pairs * ROWS
+    wait_for_producer(PDL)
+    release_consumer(PDL)
+
+    # pairs that LoRA skips stand anywhere in the order or nowhere: each block clears those of its own numbers
+    own = block + local
+    skipped = virtual_ids(topk_ids, mapping, enabled, own, there, top_k, num_experts, max_loras, HAS_ENABLED) < 0
+    clear = (skipped & there)[:, None] & (rows[None, :] < ROWS)
+    tl.store(
+        out + own[:, None].to(tl.int64) * ROWS + rows[None, :], tl.zeros([BLOCK_M, BLOCK_R], tl.float32), mask=clear
+    )
+
+    pairs = tl.load(schedule + block + local, mask=there, other=-1)
+    virtual = tl.load(schedule + num_pairs + 1 + block + local, mask=there, other=-1)
+    x_rows = x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X
+    columns = plane * CHUNK + tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    row = tl.min(tl.where(virtual >= 0, local, BLOCK_M), 0)
+    while row < BLOCK_M:
+        group = tl.load(schedule + num_pairs + 1 + block + row)
+        members = virtual == group
+        weight = (group // num_experts if SHARED else group).to(tl.int64)
+        a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
+        for start in range(0, CHUNK, BLOCK_K):
+            k = start + columns
+            inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
+            left = tl.load(x_rows + k[None, :], mask=members[:, None] & inside[None, :], other=0.0)
+            right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
+            acc = tl.dot(left, right.T, acc, input_precision="ieee")
+        row = tl.min(tl.where((virtual >= 0) & (local > row) & (~members), local, BLOCK_M), 0)
+    target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
+    tl.store(target, acc, mask=(virtual >= 0)[:, None] & (rows[None, :] < ROWS))

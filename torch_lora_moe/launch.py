@@ -1,0 +1,326 @@
+"""CUDA kernels of the ops: from tensors to grids, launch configurations and the Triton kernels.
+
+At decode the host is the bottleneck, so a call is planned once for each set of shapes, dtypes and strides: the plan
+holds the checked call's grid, constants and compiled kernel, and later calls look it up and launch. Nothing here reads
+device memory on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from torch_lora_moe import checks, routing
+from torch_lora_moe.checks import like
+from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two
+from torch_lora_moe.kernels import expand, shrink
+from torch_lora_moe.kernels import route as route_kernels
+
+# Plans kept for one op; batches of many sizes must not fill the memory.
+MAX_PLANS = 4096
+# Above this many pairs ranking every pair against all others costs more than two more launches.
+RANKED_PAIRS = 4096
+
+
+class Plan:
+    """One kernel with its grid and constants; the compiled kernel is kept after the first launch."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        constants: dict[str, Any],
+        config: tuple[int, int] = (4, 1),
+        dependent: bool = False,
+    ) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, tuple(constants.values())
+        self.options: dict[str, Any] = {"num_warps": config[0], "num_stages": config[1]}
+        if dependent:
+            self.options["launch_pdl"] = True
+        self.compiled: Any = None
+
+    def __call__(self, is_aligned: bool, *args: Any) -> None:
+        """Launches on the current stream; ``is_aligned``: all pointers are multiples of 16, as compiled for."""
+        compiled = self.compiled
+        if compiled is None or not is_aligned or triton.knobs.runtime.launch_enter_hook is not None:
+            compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
+            if is_aligned:
+                self.compiled = compiled
+            return
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        compiled.run(
+            *self.grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *args,
+            *self.constants,
+        )
+
+
+def remember(plans: dict[Any, Any], key: Any, plan: Any) -> None:
+    """Keeps a plan, all of them up to `MAX_PLANS`."""
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs ``function`` with the device of its first argument current."""
+
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
+            return function(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
+_ROUTE_PLANS: dict[Any, Any] = {}
+
+
+@on_device
+def route(
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor | None,
+    adapter_enabled: Tensor | None,
+    num_experts: int,
+    max_loras: int,
+) -> Tensor:
+    """See ``reference.route`` for what it returns."""
+    key = (like(topk_ids), like(token_lora_mapping), like(adapter_enabled), num_experts, max_loras)
+    plan = _ROUTE_PLANS.get(key)
+    if plan is None:
+        checks.check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, max_loras)
+        mapped = token_lora_mapping is not None and max_loras > 0
+        plan = RoutePlan(topk_ids.shape, num_experts, max_loras, mapped, mapped and adapter_enabled is not None)
+        remember(_ROUTE_PLANS, key, plan)
+    return plan(topk_ids, token_lora_mapping, adapter_enabled)
+
+
+class RoutePlan:
+    """The launches of a route: one up to `RANKED_PAIRS` pairs, else three (two without a mapping)."""
+
+    def __init__(self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool) -> None:
+        num_tokens, self.top_k = shape
+        self.num_tokens, self.num_pairs = num_tokens, num_tokens * self.top_k
+        self.num_experts, self.max_loras, self.mapped = num_experts, max_loras, mapped
+        self.sizes = (self.num_pairs, self.top_k, num_experts, max_loras)
+        bins = power_of_two(num_experts + 1)
+        tile_rows = routing.expert_tile_rows(self.num_pairs, num_experts)
+        common = {"E_POW2": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged}
+        self.launches: list[Plan] = []
+        if self.num_pairs <= RANKED_PAIRS:
+            mine = max(4, min(32, 16384 // bins, power_of_two(self.num_pairs) // 8))
+            others = min(1024, max(16, power_of_two(self.num_pairs)))
+            grid = (-(-self.num_pairs // mine), 1, 1)
+            self.launches = [Plan(route_kernels.route_ranked, grid, {**common, "BLOCK_P": mine, "BLOCK_Q": others})]
+            return
+        self.chunk = 512
+        self.num_chunks = -(-self.num_pairs // self.chunk)
+        self.bins = bins
+        blocks = {"HAS_ENABLED": flagged, "BLOCK_P": 32, "BLOCK_Q": 1024}
+        count = {"E_POW2": bins, "HAS_MAPPING": mapped, "CHUNK": self.chunk}
+        rows = max(1, min(32, 8192 // bins))
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 32, "BLOCK_C": rows, "BLOCK_T": rows}
+        self.launches = [
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 32), 1, 1), blocks),
+            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count),
+            Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1)),
+        ]
+
+    def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
+        """Launches and returns the schedule."""
+        schedule = topk_ids.new_empty(routing.schedule_shape(self.num_pairs), dtype=torch.int32)
+        if self.num_pairs == 0:
+            return schedule.zero_()
+        mapping = topk_ids if mapping is None else mapping
+        enabled = topk_ids if enabled is None else enabled
+        fits = aligned(topk_ids, mapping, enabled)
+        if len(self.launches) == 1:
+            self.launches[0](fits, topk_ids, mapping, enabled, schedule, *self.sizes)
+            return schedule
+        order = topk_ids.new_empty(-(-self.num_tokens // 4) * 4, dtype=torch.int32)
+        experts = topk_ids.new_empty(self.num_pairs, dtype=torch.int32)
+        histograms = topk_ids.new_empty(self.num_chunks * self.bins, dtype=torch.int32)
+        rank, count, scatter = self.launches
+        if self.mapped:
+            rank(fits, mapping, enabled, order, self.num_tokens, self.max_loras)
+        count(fits, topk_ids, order, experts, histograms, self.num_pairs, self.top_k, self.num_experts)
+        scatter(fits, mapping, enabled, order, experts, histograms, schedule, *self.sizes, self.num_chunks)
+        return schedule
+
+
+_SHRINK_PLANS: dict[Any, Any] = {}
+
+
+@on_device
+def lora_shrink(
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    num_experts: int,
+    split_k: int = 1,
+) -> Tensor:
+    """Rank vectors in ``split_k`` fp32 planes ``[split_k, P, rows of A]``; zero for pairs that LoRA skips."""
+    tensors = (hidden_states, lora_a, topk_ids, token_lora_mapping, adapter_enabled, schedule)
+    key = (*map(like, tensors), num_experts, split_k)
+    plan = _SHRINK_PLANS.get(key)
+    if plan is None:
+        checks.check_shrink(*tensors, num_experts, split_k)
+        plan = shrink_plan(*tensors, num_experts, split_k)
+        remember(_SHRINK_PLANS, key, plan)
+    num_pairs = topk_ids.numel()
+    out = hidden_states.new_empty((split_k, num_pairs, lora_a.shape[2]), dtype=torch.float32)
+    if num_pairs == 0:
+        return out
+    launch, sorts, sizes = plan
+    enabled = topk_ids if adapter_enabled is None else adapter_enabled
+    args: tuple[Tensor, ...] = (hidden_states, lora_a, out, topk_ids, token_lora_mapping, enabled)
+    if sorts:
+        if schedule is None:
+            schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
+        args = (*args, schedule)
+    launch(aligned(*args), *args, *sizes)
+    return out
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether all data starts at multiples of 16 bytes, which a compiled kernel was promised."""
+    pointers = 0
+    for tensor in tensors:
+        pointers |= tensor.data_ptr()
+    return pointers % 16 == 0
+
+
+def shrink_plan(
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    num_experts: int,
+    split_k: int,
+    config: LaunchConfig | None = None,
+    sorts: bool | None = None,
+) -> tuple[Plan, bool, tuple[int, ...]]:
+    """The launch of a shrink, whether it reads a schedule, and its integer arguments."""
+    (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
+    num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
+    sorts = num_pairs > routing.UNSORTED_PAIRS if sorts is None else sorts
+    kernel = "shrink_rows" if sorts else "shrink_pairs"
+    config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
+    blocks = -(-in_features // config.block_k)
+    pdl = has_dependent_launch(hidden_states.device)
+    constants: dict[str, Any] = {
+        "STRIDE_X": hidden_states.stride(0),
+        "IN": in_features,
+        "ROWS": rows,
+        "CHUNK": -(-blocks // split_k) * config.block_k,
+        "SHARED": experts == 1 and num_experts > 1,
+        "HAS_ENABLED": adapter_enabled is not None,
+    }
+    if sorts:
+        constants["BLOCK_M"] = config.block_m
+    constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
+    first = -(-num_pairs // config.block_m) if sorts else num_pairs
+    grid = (first, -(-rows // config.block_n), split_k)
+    launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+    pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
+    return launch, sorts, (num_pairs, top_k, pairs_per_row, num_experts, max_loras)
+
+
+_EXPAND_PLANS: dict[Any, Any] = {}
+
+
+@on_device
+def lora_expand_add_(
+    output: Tensor,
+    shrunk: Tensor,
+    lora_b: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_slices: int = 1,
+) -> None:
+    """``output[t, k] += weight * B @ s`` for the pairs that LoRA does not skip."""
+    tensors = (output, shrunk, lora_b, topk_ids, token_lora_mapping, adapter_enabled, schedule, topk_weights)
+    key = (*map(like, tensors), num_experts, num_slices)
+    plan = _EXPAND_PLANS.get(key)
+    if plan is None:
+        checks.check_expand(*tensors, num_experts, num_slices)
+        plan = expand_plan(*tensors, num_experts, num_slices)
+        remember(_EXPAND_PLANS, key, plan)
+    if topk_ids.numel() == 0:
+        return
+    launch, sorts, sizes = plan
+    weights = topk_ids if topk_weights is None else topk_weights
+    if sorts:
+        if schedule is None:
+            schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
+        args: tuple[Tensor, ...] = (output, shrunk, lora_b, schedule, weights)
+    else:
+        enabled = topk_ids if adapter_enabled is None else adapter_enabled
+        args = (output, shrunk, lora_b, topk_ids, token_lora_mapping, enabled, weights)
+    launch(aligned(*args), *args, *sizes)
+
+
+def expand_plan(
+    output: Tensor,
+    shrunk: Tensor,
+    lora_b: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    num_slices: int,
+    config: LaunchConfig | None = None,
+    sorts: bool | None = None,
+) -> tuple[Plan, bool, tuple[int, ...]]:
+    """The launch of an expand, whether it reads a schedule, and its integer arguments."""
+    num_tokens, top_k, out_features = output.shape
+    num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
+    sorts = num_pairs > routing.UNSORTED_PAIRS if sorts is None else sorts
+    kernel = "expand_rows" if sorts else "expand_pairs"
+    columns = out_features // num_slices
+    config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
+    pdl = has_dependent_launch(output.device)
+    constants: dict[str, Any] = {
+        **dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True)),
+        "SLICE": columns,
+        "NUM_SLICES": num_slices,
+        "RANK": rank,
+    }
+    if not sorts:
+        constants["RANK_POW2"] = power_of_two(rank)
+    constants["SHARED"] = experts == 1 and num_experts > 1
+    if not sorts:
+        constants["HAS_ENABLED"] = adapter_enabled is not None
+    constants["HAS_WEIGHTS"] = topk_weights is not None
+    if sorts:
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_k}
+    else:
+        constants["BLOCK_N"] = config.block_n
+    constants["PDL"] = pdl
+    first = -(-num_pairs // config.block_m) if sorts else num_pairs
+    grid = (first, num_slices * -(-columns // config.block_n), 1)
+    launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+    sizes = (num_pairs, top_k, num_experts, shrunk.shape[0])
+    return launch, sorts, sizes if sorts else (*sizes[:3], max_loras, shrunk.shape[0])
