@@ -7,6 +7,7 @@ with routing of their own for each call, and keeps the fastest. Candidates that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -105,10 +106,8 @@ def compile_all(job: Job, configs: list[LaunchConfig], splits: list[int]) -> Non
     """Compiles every candidate, several at a time, into Triton's cache."""
 
     def one(choice: tuple[LaunchConfig, int]) -> None:
-        try:
+        with contextlib.suppress(OutOfResources):
             job.calls(*choice)[0]()
-        except OutOfResources:
-            pass
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(one, itertools.product(configs, splits)))

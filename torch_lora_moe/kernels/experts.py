@@ -53,7 +53,11 @@ def expert_gemm(
             left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
             right_mask = (n < OUT)[:, None] & inside[None, :]
             right = tl.load(w_rows + k.to(tl.int64)[None, :] * STRIDE_I, mask=right_mask, other=0.0)
-            acc = tl.dot(left, right.T, acc, input_precision="ieee")
+            if x.dtype.element_ty == tl.float32:
+                # a sum of its own for each block: one long chain of additions would lose a digit
+                acc += tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+            else:
+                acc = tl.dot(left, right.T, acc)
         if HAS_BIAS:
             acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
         if HAS_WEIGHTS:

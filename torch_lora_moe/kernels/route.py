@@ -190,8 +190,8 @@ def scatter_pairs(
     bins = tl.arange(0, E_POW2)
     before = tl.zeros([E_POW2], tl.int32)
     counts = tl.zeros([E_POW2], tl.int32)
-    for first in range(0, num_chunks, BLOCK_C):
-        rows = first + tl.arange(0, BLOCK_C)
+    for start in range(0, num_chunks, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
         part = tl.load(histograms + rows[:, None] * E_POW2 + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
         counts += tl.sum(part, 0)
         before += tl.sum(tl.where(rows[:, None] < chunk, part, 0), 0)

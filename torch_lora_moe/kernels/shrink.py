@@ -115,7 +115,11 @@ def shrink_rows(
             inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
             left = tl.load(x_rows + k[None, :], mask=members[:, None] & inside[None, :], other=0.0)
             right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
-            acc = tl.dot(left, right.T, acc, input_precision="ieee")
+            if x.dtype.element_ty == tl.float32:
+                # a sum of its own for each block: one long chain of additions would lose a digit
+                acc += tl.where(members[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+            else:
+                acc = tl.dot(left, right.T, acc)
         row = tl.min(tl.where((virtual >= 0) & (local > row) & (~members), local, BLOCK_M), 0)
     target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
     tl.store(target, acc, mask=(virtual >= 0)[:, None] & (rows[None, :] < ROWS))
