@@ -168,7 +168,7 @@ def virtual_experts_lora_add(
     num_pairs, max_loras = topk_ids.shape[0] * topk_ids.shape[1], lora_a.shape[0]
     tokens = (topk_ids, token_lora_mapping, adapter_enabled)
     schedule = None
-    if routing.lora_needs_schedule(num_pairs, hidden_states.device.type):
+    if routing.lora_needs_schedule(num_pairs, num_experts * max_loras, hidden_states.device.type):
         schedule = routing.cached_schedule(routing_cache, ops.route, *tokens, num_experts, max_loras)
     split_k = routing.split_k(num_pairs, hidden_states.shape[1], hidden_states.device.type)
     shrunk = ops.lora_shrink(hidden_states, lora_a, *tokens, schedule, num_experts, split_k)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -22,7 +22,8 @@ class LaunchConfig:
     """Tile sizes and warps of one launch.
 
     ``block_m`` pairs, ``block_n`` output columns or rows of A, ``block_k`` columns of the summed dimension; a kernel
-    that has no such dimension ignores its size. More stages keep more loads in flight, more warps share a tile.
+    that has no such dimension ignores its size. More stages keep more loads in flight, more warps share a tile. A
+    program takes the runs that start among ``window`` sorted pairs: small windows spread short runs over the GPU.
     """
 
     block_m: int
@@ -30,13 +31,14 @@ class LaunchConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    window: int = 1
 
 
 def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: torch.device) -> LaunchConfig:
     """The configuration of ``kernel`` for ``num_pairs`` pairs.
 
     Args:
-        kernel: ``shrink_pairs``, ``shrink_rows``, ``expand_pairs`` or ``expand_rows``.
+        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_runs``.
         num_pairs: pairs of the batch.
         outer: rows of A (all slices) for a shrink, output columns of one slice for an expand.
         inner: input features for a shrink, rank for an expand.
@@ -56,11 +58,10 @@ def _nearest(kernel: str, num_pairs: int, outer: int, inner: int, device_name: s
 
     entry = min(_table(device_name)[kernel], key=distance)
     config = LaunchConfig(**entry["config"])
-    most = {"shrink": (outer, inner), "expand": (outer, inner)}[kernel.split("_")[0]]
     # a tile tuned for a larger shape only wastes lanes on a smaller one
-    block_n = min(config.block_n, max(16, power_of_two(most[0])))
-    block_k = min(config.block_k, max(16, power_of_two(most[1])))
-    return LaunchConfig(config.block_m, block_n, block_k, config.num_warps, config.num_stages)
+    block_n = min(config.block_n, max(16, power_of_two(outer)))
+    block_k = min(config.block_k, max(16, power_of_two(inner)))
+    return replace(config, block_n=block_n, block_k=block_k)
 
 
 @functools.cache
@@ -93,24 +94,26 @@ def _shrink_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     return LaunchConfig(1, min(32, power_of_two(outer)), block_k, 4, 3)
 
 
-def _shrink_rows(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
-    block_m = 16 if num_pairs <= 8192 else 32
+def _shrink_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    dense = num_pairs > 8192
     block_k = min(128, max(16, power_of_two(inner)))
-    return LaunchConfig(block_m, min(64, max(16, power_of_two(outer))), block_k, 4, 3)
+    block_n = min(64, max(16, power_of_two(outer)))
+    return LaunchConfig(64 if dense else 16, block_n, block_k, 4, 3, 32 if dense else 4)
 
 
 def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     return LaunchConfig(1, min(256 if inner <= 32 else 64, max(16, power_of_two(outer))), 0, 4, 1)
 
 
-def _expand_rows(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
-    block_m = 16 if num_pairs <= 8192 else 32
-    return LaunchConfig(block_m, min(128, max(16, power_of_two(outer))), min(64, max(16, power_of_two(inner))), 4, 2)
+def _expand_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+    dense = num_pairs > 8192
+    block_n, block_k = min(128, max(16, power_of_two(outer))), min(64, max(16, power_of_two(inner)))
+    return LaunchConfig(32 if dense else 16, block_n, block_k, 4, 2, 32 if dense else 4)
 
 
 HEURISTICS = {
     "shrink_pairs": _shrink_pairs,
-    "shrink_rows": _shrink_rows,
+    "shrink_runs": _shrink_runs,
     "expand_pairs": _expand_pairs,
-    "expand_rows": _expand_rows,
+    "expand_runs": _expand_runs,
 }

@@ -22,6 +22,8 @@ from torch_lora_moe.kernels import route as route_kernels
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
 MAX_PLANS = 4096
+# A run of pairs of one virtual expert is cut at multiples of this, so that one of them cannot hold up the rest.
+LONGEST_RUN = 256
 # Above this many pairs ranking every pair against all others costs more than two more launches.
 RANKED_PAIRS = 4096
 
@@ -219,8 +221,8 @@ def shrink_plan(
     """The launch of a shrink, whether it reads a schedule, and its integer arguments."""
     (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
     num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
-    sorts = num_pairs > routing.UNSORTED_PAIRS if sorts is None else sorts
-    kernel = "shrink_rows" if sorts else "shrink_pairs"
+    sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+    kernel = "shrink_runs" if sorts else "shrink_pairs"
     config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
     blocks = -(-in_features // config.block_k)
     pdl = has_dependent_launch(hidden_states.device)
@@ -233,9 +235,9 @@ def shrink_plan(
         "HAS_ENABLED": adapter_enabled is not None,
     }
     if sorts:
-        constants["BLOCK_M"] = config.block_m
+        constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
     constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
-    first = -(-num_pairs // config.block_m) if sorts else num_pairs
+    first = -(-num_pairs // config.window) if sorts else num_pairs
     grid = (first, -(-rows // config.block_n), split_k)
     launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
     pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
@@ -297,8 +299,8 @@ def expand_plan(
     """The launch of an expand, whether it reads a schedule, and its integer arguments."""
     num_tokens, top_k, out_features = output.shape
     num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
-    sorts = num_pairs > routing.UNSORTED_PAIRS if sorts is None else sorts
-    kernel = "expand_rows" if sorts else "expand_pairs"
+    sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+    kernel = "expand_runs" if sorts else "expand_pairs"
     columns = out_features // num_slices
     config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
     pdl = has_dependent_launch(output.device)
@@ -315,12 +317,13 @@ def expand_plan(
         constants["HAS_ENABLED"] = adapter_enabled is not None
     constants["HAS_WEIGHTS"] = topk_weights is not None
     if sorts:
-        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_k}
+        constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
+        constants |= {"BLOCK_N": config.block_n, "BLOCK_R": config.block_k}
     else:
         constants["BLOCK_N"] = config.block_n
     constants["PDL"] = pdl
-    first = -(-num_pairs // config.block_m) if sorts else num_pairs
-    grid = (first, num_slices * -(-columns // config.block_n), 1)
+    blocks = num_slices * -(-columns // config.block_n)
+    grid = (-(-num_pairs // config.window) * blocks, 1, 1) if sorts else (num_pairs, blocks, 1)
     launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
     sizes = (num_pairs, top_k, num_experts, shrunk.shape[0])
     return launch, sorts, sizes if sorts else (*sizes[:3], max_loras, shrunk.shape[0])

@@ -25,7 +25,7 @@ SORTED_TOKEN_IDS, SORTED_VIRTUAL_IDS = 0, 1
 EXPERT_TILE_IDS, EXPERT_TILE_STARTS, EXPERT_TILE_ROWS = 2, 3, 4
 NUM_SCHEDULE_ROWS = 5
 
-# Up to this many pairs a GPU gives each pair a program of its own, and LoRA needs no schedule.
+# Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
 
 RoutingCache = MutableMapping[str, Any]
@@ -47,9 +47,14 @@ def schedule_shape(num_pairs: int) -> tuple[int, int]:
     return NUM_SCHEDULE_ROWS, num_pairs + 1
 
 
-def lora_needs_schedule(num_pairs: int, device_type: str) -> bool:
-    """Whether a LoRA product of this many pairs wants them sorted; always in a traced graph, which serves any size."""
-    return device_type != "cuda" or torch.compiler.is_compiling() or num_pairs > UNSORTED_PAIRS
+def lora_sorts(num_pairs: int, num_virtual_experts: int) -> bool:
+    """Whether a GPU sorts the pairs of a LoRA product: many, or so many of each virtual expert that sharing pays."""
+    return num_pairs > UNSORTED_PAIRS or num_pairs > max(64, 2 * num_virtual_experts)
+
+
+def lora_needs_schedule(num_pairs: int, num_virtual_experts: int, device_type: str) -> bool:
+    """Whether a LoRA product is to be given a schedule; always in a traced graph, which serves any size."""
+    return device_type != "cuda" or torch.compiler.is_compiling() or lora_sorts(num_pairs, num_virtual_experts)
 
 
 def cached_schedule(

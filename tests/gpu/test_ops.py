@@ -27,13 +27,13 @@ ops = torch.ops.lora_moe
 NAN = float("nan")
 
 
-@pytest.fixture(params=[False, True], ids=["by_pair", "by_block"])
+@pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Runs a test on both LoRA paths, whatever the batch."""
     plans = (launch._SHRINK_PLANS, launch._EXPAND_PLANS)
     for plan in plans:
         plan.clear()
-    monkeypatch.setattr(routing, "UNSORTED_PAIRS", 0 if request.param else 1 << 30)
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
     yield request.param
     for plan in plans:
         plan.clear()

@@ -37,18 +37,19 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
         for n, k, warps in itertools.product((8, 16, 32, 64), (128, 256, 512), (2, 4, 8)):
             if n <= wide and k <= deep and 1024 <= n * k <= 16384:
                 yield LaunchConfig(1, n, k, warps, 3)
-    elif kernel == "shrink_rows":
-        for m, k, stages in itertools.product((16, 32, 64), (64, 128, 256), (3, 4)):
-            if k <= deep and m * k <= 8192:
-                yield LaunchConfig(m, min(wide, 64), k, 4, stages)
+    elif kernel == "shrink_runs":
+        tiles = itertools.product((16, 32, 64), (64, 128, 256), (3, 4), (4, 8), (1, 2, 4))
+        for m, k, stages, warps, windows in tiles:
+            if k <= deep and m * k <= 8192 and warps * 8 <= m + 16:
+                yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, warps, stages, max(4, m // windows))
     elif kernel == "expand_pairs":
         for n, warps in itertools.product((64, 128, 256, 512), (2, 4, 8)):
             if n * deep <= 16384 and n <= wide:
                 yield LaunchConfig(1, n, 0, warps, 1)
     else:
-        for m, n, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8)):
-            if n <= wide and m * n <= 8192:
-                yield LaunchConfig(m, n, min(64, deep), warps, 2)
+        for m, n, warps, windows in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (1, 2, 4)):
+            if n <= wide and 2048 <= m * n <= 16384:
+                yield LaunchConfig(m, n, min(64, deep), warps, 2, max(4, m // windows))
 
 
 class Job:
@@ -79,7 +80,7 @@ class Job:
         return [make(i, config, split_k) for i in range(len(self.problems))]
 
     def _shrink(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
-        problem, x, sorts = self.problems[i], self.inputs[i], self.kernel.endswith("rows")
+        problem, x, sorts = self.problems[i], self.inputs[i], self.kernel.endswith("runs")
         assert self.a is not None
         tokens, experts = self._tokens(problem), problem.shape.num_experts
         args = (x, self.a, *tokens, self.schedules[i], experts, split_k)
@@ -89,7 +90,7 @@ class Job:
         return lambda: plan(True, *tensors, *sizes)
 
     def _expand(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
-        problem, sorts = self.problems[i], self.kernel.endswith("rows")
+        problem, sorts = self.problems[i], self.kernel.endswith("runs")
         assert self.b is not None
         tokens, experts = self._tokens(problem), problem.shape.num_experts
         shrunk = torch.ones(split_k, problem.num_pairs, self.num_slices * self.b.shape[3], device="cuda")
@@ -132,17 +133,17 @@ def splits_of(kernel: str, num_pairs: int, inner: int) -> list[int]:
     usual = routing.split_k(num_pairs, inner, "cuda")
     if kernel.startswith("expand"):
         return [usual]
-    return sorted({1, usual, min(8, max(1, inner // 256)), max(1, usual // 2)})
+    return sorted({1, 2, usual, min(8, max(1, inner // 256)), max(1, usual // 2)})
 
 
 def main() -> None:
     """Parses the command line, tunes and writes."""
     parser = argparse.ArgumentParser(prog="python -m torch_lora_moe.bench.tune", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
-    parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,512,4096")
+    parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,256,512,1024,4096")
     parser.add_argument("--ranks", type=_numbers, default="16,64")
     parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_rows,expand_rows")
+    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 
@@ -153,7 +154,10 @@ def main() -> None:
         problems = make_problems(shape, tokens, options.max_loras, rank, calls=4)
         for kernel, projection in itertools.product(kernels, ("gate_up", "down")):
             pairs = tokens * shape.top_k
-            if kernel.endswith("pairs") and pairs > 4 * routing.UNSORTED_PAIRS:
+            # both ways are timed around the size where one overtakes the other
+            if not (routing.UNSORTED_PAIRS // 4 <= pairs <= 2 * routing.UNSORTED_PAIRS) and kernel.endswith(
+                "pairs"
+            ) == (pairs > routing.UNSORTED_PAIRS):
                 continue
             job = Job(kernel, projection, problems)
             best = tune(job, splits_of(kernel, pairs, job.size[1]))

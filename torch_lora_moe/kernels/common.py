@@ -35,6 +35,16 @@ def virtual_ids(topk_ids, mapping, enabled, pairs, mask, top_k, num_experts, max
 
 
 @triton.jit
+def run_starts(ids, window, num_pairs, WINDOW: tl.constexpr, LONGEST: tl.constexpr):
+    """Which of ``WINDOW`` sorted pairs start a run: equal neighbours in ``ids``, cut at multiples of ``LONGEST``."""
+    index = window + tl.arange(0, WINDOW)
+    there = index < num_pairs
+    mine = tl.load(ids + index, mask=there, other=-1)
+    before = tl.load(ids + index - 1, mask=there & (index > 0), other=-1)
+    return (mine >= 0) & ((mine != before) | (index % LONGEST == 0))
+
+
+@triton.jit
 def wait_for_producer(PDL: tl.constexpr):
     """Until the kernel before has finished and its writes are visible; nothing it may write is read earlier."""
     if PDL:

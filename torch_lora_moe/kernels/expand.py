@@ -1,13 +1,13 @@
 """Expand: ``output[p] += weight * B[v] @ s[p]`` in place, for the pairs that LoRA does not skip.
 
 The planes of a split-K shrink are added here, in their own order. As with the shrink, few pairs take one program each
-(`expand_pairs`) and many go in blocks of the sorted order (`expand_rows`).
+(`expand_pairs`) and many are sorted into runs of one virtual expert (`expand_runs`).
 """
 
 import triton
 import triton.language as tl
 
-from .common import prefetch, release_consumer, virtual_ids, wait_for_producer
+from .common import prefetch, release_consumer, run_starts, virtual_ids, wait_for_producer
 
 
 @triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "num_planes"])
@@ -72,7 +72,7 @@ def expand_pairs(
 
 
 @triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "num_planes"])
-def expand_rows(
+def expand_runs(
     output,
     shrunk,
     b,
@@ -90,48 +90,56 @@ def expand_rows(
     RANK: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    LONGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (blocks of sorted pairs, blocks of each slice of the output columns)."""
-    block = tl.program_id(0) * BLOCK_M
+    """Grid (windows of sorted pairs x column blocks, columns fastest so that neighbours finish an output row)."""
     blocks: tl.constexpr = (SLICE + BLOCK_N - 1) // BLOCK_N
-    part = tl.program_id(1) // blocks
-    within = (tl.program_id(1) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    window = tl.program_id(0) // (NUM_SLICES * blocks) * WINDOW
+    column = tl.program_id(0) % (NUM_SLICES * blocks)
+    part = column // blocks
+    within = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = within < SLICE
     n = part * SLICE + within
-    size: tl.constexpr = NUM_SLICES * SLICE * RANK
-    local = tl.arange(0, BLOCK_M)
+    local = tl.arange(0, WINDOW)
     wait_for_producer(PDL)
     release_consumer(PDL)
-    pairs = tl.load(schedule + block + local, mask=block + local < num_pairs, other=-1)
-    virtual = tl.load(schedule + num_pairs + 1 + block + local, mask=block + local < num_pairs, other=-1)
-    row = tl.min(tl.where(virtual >= 0, local, BLOCK_M), 0)
-    if row < BLOCK_M:
-        token, k = (pairs // top_k).to(tl.int64), (pairs % top_k).to(tl.int64)
-        target = output + (token * STRIDE_M + k * STRIDE_K)[:, None] + n.to(tl.int64)[None, :] * STRIDE_N
-        mask = (virtual >= 0)[:, None] & inside[None, :]
-        before = tl.load(target, mask=mask, other=0.0)
-        s_rows = shrunk + (pairs.to(tl.int64)[:, None] * NUM_SLICES + part) * RANK
-        plane_size = num_pairs.to(tl.int64) * NUM_SLICES * RANK
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        while row < BLOCK_M:
-            group = tl.load(schedule + num_pairs + 1 + block + row)
-            members = virtual == group
-            weight = (group // num_experts if SHARED else group).to(tl.int64)
+
+    ids = schedule + num_pairs + 1
+    plane_size = num_pairs.to(tl.int64) * NUM_SLICES * RANK
+    starts = run_starts(ids, window, num_pairs, WINDOW, LONGEST)
+    row = tl.min(tl.where(starts, local, WINDOW), 0)
+    while row < WINDOW:
+        first = window + row
+        group = tl.load(ids + first)
+        weight = (group // num_experts if SHARED else group).to(tl.int64)
+        b_rows = b + weight * (NUM_SLICES * SLICE * RANK) + n[:, None] * RANK
+        end = tl.minimum((first // LONGEST + 1) * LONGEST, num_pairs)
+        while first < end:
+            index = first + tl.arange(0, BLOCK_M)
+            members = tl.load(ids + index, mask=index < end, other=-1) == group
+            pairs = tl.load(schedule + index, mask=members, other=0)
+            token, k = (pairs // top_k).to(tl.int64), (pairs % top_k).to(tl.int64)
+            target = output + (token * STRIDE_M + k * STRIDE_K)[:, None] + n.to(tl.int64)[None, :] * STRIDE_N
+            mask = members[:, None] & inside[None, :]
+            before = tl.load(target, mask=mask, other=0.0)
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            s_rows = shrunk + (pairs.to(tl.int64)[:, None] * NUM_SLICES + part) * RANK
             for start in tl.static_range(0, RANK, BLOCK_R):
                 ranks = start + tl.arange(0, BLOCK_R)
+                right = tl.load(b_rows + ranks[None, :], mask=inside[:, None] & (ranks < RANK)[None, :], other=0.0)
                 s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
                 for plane in range(num_planes):
                     source = s_rows + plane * plane_size + ranks[None, :]
                     s += tl.load(source, mask=members[:, None] & (ranks < RANK)[None, :], other=0.0)
-                pointers = b + weight * size + n[:, None] * RANK + ranks[None, :]
-                right = tl.load(pointers, mask=inside[:, None] & (ranks < RANK)[None, :], other=0.0)
                 acc = tl.dot(s.to(right.dtype), right.T, acc, input_precision="ieee")
-            row = tl.min(tl.where((virtual >= 0) & (local > row) & (~members), local, BLOCK_M), 0)
-        if HAS_WEIGHTS:
-            scores = tl.load(topk_weights + pairs, mask=virtual >= 0, other=0.0).to(tl.float32)
-            acc *= scores[:, None]
-        tl.store(target, (before.to(tl.float32) + acc).to(output.dtype.element_ty), mask=mask)
+            if HAS_WEIGHTS:
+                acc *= tl.load(topk_weights + pairs, mask=members, other=0.0).to(tl.float32)[:, None]
+            tl.store(target, (before.to(tl.float32) + acc).to(output.dtype.element_ty), mask=mask)
+            # a block with other pairs in it is the last of the run
+            first = tl.where(tl.sum(members.to(tl.int32), 0) == BLOCK_M, first + BLOCK_M, end)
+        row = tl.min(tl.where(starts & (local > row), local, WINDOW), 0)
