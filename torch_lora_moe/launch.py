@@ -115,27 +115,35 @@ class RoutePlan:
         num_tokens, self.top_k = shape
         self.num_tokens, self.num_pairs = num_tokens, num_tokens * self.top_k
         self.num_experts, self.max_loras, self.mapped = num_experts, max_loras, mapped
-        self.sizes = (self.num_pairs, self.top_k, num_experts, max_loras)
-        bins = power_of_two(num_experts + 1)
-        tile_rows = routing.expert_tile_rows(self.num_pairs, num_experts)
-        common = {"E_POW2": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged}
+        num_pairs, top_k = self.num_pairs, self.top_k
+        tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
+        most_tiles = min(num_pairs, num_pairs // tile_rows + num_experts)
+        self.sizes = (num_pairs, top_k, num_experts, max_loras, most_tiles)
+        bins = max(256, power_of_two(num_experts))
+        common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged}
+        columns = max(1, min(32, 8192 // bins))
         self.launches: list[Plan] = []
-        if self.num_pairs <= RANKED_PAIRS:
-            mine = max(4, min(32, 16384 // bins, power_of_two(self.num_pairs) // 8))
-            others = min(1024, max(16, power_of_two(self.num_pairs)))
-            grid = (-(-self.num_pairs // mine), 1, 1)
-            self.launches = [Plan(route_kernels.route_ranked, grid, {**common, "BLOCK_P": mine, "BLOCK_Q": others})]
+        if num_pairs <= RANKED_PAIRS:
+            ks = power_of_two(top_k)
+            tokens = min(1024, max(64, power_of_two(num_pairs))) // ks
+            mine = 16 if num_pairs <= 1024 else 32
+            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "BLOCK_P": mine, "BLOCK_C": columns}
+            wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
+            grid = (-(-num_pairs // mine) + -(-most_tiles // columns), 1, 1)
+            constants = {**common, "WIDE": wide, **blocks}
+            self.launches = [Plan(route_kernels.route_ranked, grid, constants, (8, 1))]
             return
-        self.chunk = 512
-        self.num_chunks = -(-self.num_pairs // self.chunk)
+        self.chunk = 256 if num_pairs <= 65536 else 1024
+        self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
-        blocks = {"HAS_ENABLED": flagged, "BLOCK_P": 32, "BLOCK_Q": 1024}
-        count = {"E_POW2": bins, "HAS_MAPPING": mapped, "CHUNK": self.chunk}
-        rows = max(1, min(32, 8192 // bins))
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 32, "BLOCK_C": rows, "BLOCK_T": rows}
+        wide = (max_loras + 1) * num_tokens >= 2**31
+        order = {"HAS_ENABLED": flagged, "WIDE": wide, "BLOCK_P": 32, "BLOCK_Q": 1024}
+        count = {"BINS": bins, "HAS_MAPPING": mapped, "CHUNK": self.chunk}
+        rows = max(1, 16384 // bins)
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 64, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 32), 1, 1), blocks),
-            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count),
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 32), 1, 1), order, (8, 1)),
+            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1)),
             Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1)),
         ]
 
@@ -148,7 +156,7 @@ class RoutePlan:
         enabled = topk_ids if enabled is None else enabled
         fits = aligned(topk_ids, mapping, enabled)
         if len(self.launches) == 1:
-            self.launches[0](fits, topk_ids, mapping, enabled, schedule, *self.sizes)
+            self.launches[0](fits, topk_ids, mapping, enabled, schedule, self.num_tokens, *self.sizes)
             return schedule
         order = topk_ids.new_empty(-(-self.num_tokens // 4) * 4, dtype=torch.int32)
         experts = topk_ids.new_empty(self.num_pairs, dtype=torch.int32)

@@ -10,96 +10,137 @@ import triton.language as tl
 
 from .common import effective_slots, known_experts
 
+# Where no composite key can be, for pairs of unknown experts.
+NOWHERE = tl.constexpr(2**62)
+
 
 @triton.jit
-def _write_tiles(schedule, columns, num_pairs, counts, E_POW2: tl.constexpr, TILE_ROWS: tl.constexpr):
+def _composite(keys, index, size, used, WIDE: tl.constexpr):
+    """``key * size + index``, distinct and in the wanted order; in 64 bits only where 32 are too few."""
+    if WIDE:
+        return tl.where(used, keys.to(tl.int64) * size + index, NOWHERE)
+    return tl.where(used, keys * size + index, 2147483647)
+
+
+@triton.jit
+def _token_pairs(tokens, num_tokens, top_k, K_POW2: tl.constexpr):
+    """Pairs ``[tokens, K_POW2]`` of a block of tokens and which of them exist."""
+    k = tl.arange(0, K_POW2)
+    return tokens[:, None] * top_k + k[None, :], (tokens < num_tokens)[:, None] & (k < top_k)[None, :]
+
+
+@triton.jit
+def _count(experts, known, BINS: tl.constexpr):
+    """How often each expert occurs, ``[BINS]``: a product of two one-hot matrices, by high and low digits of the id."""
+    high = tl.where(known, experts >> 4, -1)
+    rows = (tl.arange(0, BINS // 16)[:, None] == high[None, :]).to(tl.float16)
+    columns = ((experts & 15)[:, None] == tl.arange(0, 16)[None, :]).to(tl.float16)
+    return tl.reshape(tl.dot(rows, columns).to(tl.int32), [BINS])
+
+
+@triton.jit
+def _write_tiles(schedule, columns, mask, num_pairs, counts, BINS: tl.constexpr, TILE_ROWS: tl.constexpr):
     """Writes the expert-tile entries of ``columns``; ``counts`` are rows by expert, zero beyond the last one."""
     stride = num_pairs + 1
-    experts = tl.arange(0, E_POW2)
     tiles = (counts + TILE_ROWS - 1) // TILE_ROWS
-    tile_ends = tl.cumsum(tiles, 0)
-    row_ends = tl.cumsum(counts, 0)
-    total = tl.sum(tiles, 0)
+    tile_ends, row_ends = tl.cumsum(tiles, 0), tl.cumsum(counts, 0)
     expert = tl.sum((tile_ends[None, :] <= columns[:, None]).to(tl.int32), 1)
     # the first tile, first row and row count of each column's expert, picked from the register vectors
-    pick = experts[None, :] == expert[:, None]
+    pick = tl.arange(0, BINS)[None, :] == expert[:, None]
     first_tile = tl.sum(tl.where(pick, (tile_ends - tiles)[None, :], 0), 1)
     first_row = tl.sum(tl.where(pick, (row_ends - counts)[None, :], 0), 1)
     rows = tl.sum(tl.where(pick, counts[None, :], 0), 1)
     skipped = (columns - first_tile) * TILE_ROWS
-    used, mask = columns < total, columns < num_pairs
+    used = columns < tl.sum(tiles, 0)
     tl.store(schedule + 2 * stride + columns, tl.where(used, expert, -1), mask=mask)
     tl.store(schedule + 3 * stride + columns, tl.where(used, first_row + skipped, -1), mask=mask)
     tl.store(schedule + 4 * stride + columns, tl.where(used, tl.minimum(rows - skipped, TILE_ROWS), -1), mask=mask)
-    return total
 
 
 @triton.jit
-def _write_counts(schedule, num_pairs, num_known, num_tiles):
+def _write_counts(schedule, num_pairs, counts, TILE_ROWS: tl.constexpr):
     """The last column: how many entries of each row are used."""
-    stride = num_pairs + 1
     rows = tl.arange(0, 8)
-    tl.store(schedule + rows * stride + num_pairs, tl.where(rows < 2, num_known, num_tiles), mask=rows < 5)
+    num_known, num_tiles = tl.sum(counts, 0), tl.sum((counts + TILE_ROWS - 1) // TILE_ROWS, 0)
+    target = schedule + rows * (num_pairs + 1) + num_pairs
+    tl.store(target, tl.where(rows < 2, num_known, num_tiles), mask=rows < 5)
 
 
 @triton.jit
-def _fill_unused_tiles(schedule, columns, num_pairs):
+def _write_pairs(schedule, position, pairs, experts, slots, known, num_pairs, num_experts):
+    """A pair and its virtual expert, -1 where LoRA skips it, at its place in the order."""
+    tl.store(schedule + position, pairs, mask=known)
+    virtual = tl.where(slots >= 0, slots * num_experts + experts, -1)
+    tl.store(schedule + num_pairs + 1 + position, virtual, mask=known)
+
+
+@triton.jit
+def _fill_unused(schedule, columns, num_pairs, num_known, first_free_tile):
+    """-1 behind the last known pair, and in tile columns that no batch of this size reaches."""
     stride = num_pairs + 1
     unused = tl.full(columns.shape, -1, tl.int32)
+    there = columns < num_pairs
+    for row in tl.static_range(0, 2):
+        tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= num_known))
     for row in tl.static_range(2, 5):
-        tl.store(schedule + row * stride + columns, unused, mask=columns < num_pairs)
+        tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= first_free_tile))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras"])
+@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "top_k", "num_experts", "max_loras", "most_tiles"])
 def route_ranked(
     topk_ids,
     mapping,
     enabled,
     schedule,
+    num_tokens,
     num_pairs,
     top_k,
     num_experts,
     max_loras,
-    E_POW2: tl.constexpr,
+    most_tiles,
+    BINS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
+    WIDE: tl.constexpr,
+    K_POW2: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """One launch: each program places ``BLOCK_P`` pairs and fills as many columns of the tile table."""
-    mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = mine < num_pairs
-    experts = known_experts(topk_ids, mine, mask, num_experts)
-    slots = effective_slots(mapping, enabled, mine // top_k, mask, max_loras, HAS_MAPPING, HAS_ENABLED)
-    keys = tl.where(experts < num_experts, experts * (max_loras + 1) + slots + 1, num_experts * (max_loras + 1))
-
-    rank = tl.zeros([BLOCK_P], tl.int32)
-    counts = tl.zeros([E_POW2], tl.int32)
-    for start in range(0, num_pairs, BLOCK_Q):
-        others = start + tl.arange(0, BLOCK_Q)
-        there = others < num_pairs
-        e = known_experts(topk_ids, others, there, num_experts)
-        s = effective_slots(mapping, enabled, others // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
-        key = tl.where(e < num_experts, e * (max_loras + 1) + s + 1, num_experts * (max_loras + 1))
-        first = (key[None, :] < keys[:, None]) | ((key[None, :] == keys[:, None]) & (others[None, :] < mine[:, None]))
-        rank += tl.sum((first & there[None, :]).to(tl.int32), 1)
-        counts += tl.histogram(tl.where(there, e, num_experts), E_POW2)
-
-    counts = tl.where(tl.arange(0, E_POW2) < num_experts, counts, 0)
-    known = experts < num_experts
-    stride = num_pairs + 1
-    tl.store(schedule + rank, tl.where(known, mine, -1), mask=mask)
-    virtual = tl.where(known & (slots >= 0), slots * num_experts + experts, -1)
-    tl.store(schedule + stride + rank, virtual, mask=mask)
-
-    total = tl.sum((counts + TILE_ROWS - 1) // TILE_ROWS, 0)
-    if tl.program_id(0) * BLOCK_P < total:
-        _write_tiles(schedule, mine, num_pairs, counts, E_POW2, TILE_ROWS)
+    """One launch: programs that place ``BLOCK_P`` pairs each, then programs that fill ``BLOCK_C`` tile columns each."""
+    rankers = (num_pairs + BLOCK_P - 1) // BLOCK_P
+    flat: tl.constexpr = BLOCK_T * K_POW2
+    if tl.program_id(0) < rankers:
+        mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+        there = mine < num_pairs
+        experts = known_experts(topk_ids, mine, there, num_experts)
+        slots = effective_slots(mapping, enabled, mine // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
+        known = experts < num_experts
+        mine_key = _composite(experts * (max_loras + 1) + slots + 1, mine, num_pairs, known, WIDE)
+        rank = tl.zeros([BLOCK_P], tl.int32)
+        num_known = 0
+        for start in range(0, num_tokens, BLOCK_T):
+            tokens = start + tl.arange(0, BLOCK_T)
+            pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
+            e = known_experts(topk_ids, pairs, exist, num_experts)
+            s = effective_slots(mapping, enabled, tokens, tokens < num_tokens, max_loras, HAS_MAPPING, HAS_ENABLED)
+            used = e < num_experts
+            keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
+            rank += tl.sum((tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32), 1)
+            num_known += tl.sum(tl.reshape(used.to(tl.int32), [flat]), 0)
+        _write_pairs(schedule, rank, mine, experts, slots, known, num_pairs, num_experts)
+        _fill_unused(schedule, mine, num_pairs, num_known, most_tiles)
     else:
-        _fill_unused_tiles(schedule, mine, num_pairs)
-    if tl.program_id(0) == 0:
-        _write_counts(schedule, num_pairs, tl.sum(counts, 0), total)
+        counts = tl.zeros([BINS], tl.int32)
+        for start in range(0, num_tokens, BLOCK_T):
+            pairs, exist = _token_pairs(start + tl.arange(0, BLOCK_T), num_tokens, top_k, K_POW2)
+            e = tl.reshape(known_experts(topk_ids, pairs, exist, num_experts), [flat])
+            counts += _count(e, e < num_experts, BINS)
+        columns = (tl.program_id(0) - rankers) * BLOCK_C + tl.arange(0, BLOCK_C)
+        _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
+        if tl.program_id(0) == rankers:
+            _write_counts(schedule, num_pairs, counts, TILE_ROWS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_loras"])
@@ -110,21 +151,22 @@ def order_tokens(
     num_tokens,
     max_loras,
     HAS_ENABLED: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """First launch of three: tokens by (slot, token), by rank against all others."""
     mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = mine < num_tokens
-    slots = effective_slots(mapping, enabled, mine, mask, max_loras, True, HAS_ENABLED)
+    there = mine < num_tokens
+    slots = effective_slots(mapping, enabled, mine, there, max_loras, True, HAS_ENABLED)
+    mine_key = _composite(slots + 1, mine, num_tokens, there, WIDE)
     rank = tl.zeros([BLOCK_P], tl.int32)
     for start in range(0, num_tokens, BLOCK_Q):
         others = start + tl.arange(0, BLOCK_Q)
-        there = others < num_tokens
-        s = effective_slots(mapping, enabled, others, there, max_loras, True, HAS_ENABLED)
-        first = (s[None, :] < slots[:, None]) | ((s[None, :] == slots[:, None]) & (others[None, :] < mine[:, None]))
-        rank += tl.sum((first & there[None, :]).to(tl.int32), 1)
-    tl.store(token_order + rank, mine, mask=mask)
+        s = effective_slots(mapping, enabled, others, others < num_tokens, max_loras, True, HAS_ENABLED)
+        keys = _composite(s + 1, others, num_tokens, others < num_tokens, WIDE)
+        rank += tl.sum((keys[None, :] < mine_key[:, None]).to(tl.int32), 1)
+    tl.store(token_order + rank, mine, mask=there)
 
 
 @triton.jit
@@ -145,7 +187,7 @@ def count_experts(
     num_pairs,
     top_k,
     num_experts,
-    E_POW2: tl.constexpr,
+    BINS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -155,15 +197,11 @@ def count_experts(
     pairs = _pairs_in_order(token_order, index, mask, top_k, HAS_MAPPING)
     experts = known_experts(topk_ids, pairs, mask, num_experts)
     tl.store(ordered_experts + index, experts, mask=mask)
-    # entries behind the last pair count as unknown experts, taken off again here
-    counts = tl.histogram(experts, E_POW2)
-    beyond = tl.sum((~mask).to(tl.int32), 0)
-    bins = tl.arange(0, E_POW2)
-    counts -= tl.where(bins == num_experts, beyond, 0)
-    tl.store(histograms + tl.program_id(0) * E_POW2 + bins, counts)
+    counts = _count(experts, experts < num_experts, BINS)
+    tl.store(histograms + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "num_chunks"])
+@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "most_tiles", "num_chunks"])
 def scatter_pairs(
     mapping,
     enabled,
@@ -175,53 +213,53 @@ def scatter_pairs(
     top_k,
     num_experts,
     max_loras,
+    most_tiles,
     num_chunks,
-    E_POW2: tl.constexpr,
+    BINS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
     """Third launch: each chunk places its pairs behind those of the chunks before, stable by expert."""
     chunk = tl.program_id(0)
-    bins = tl.arange(0, E_POW2)
-    before = tl.zeros([E_POW2], tl.int32)
-    counts = tl.zeros([E_POW2], tl.int32)
-    for start in range(0, num_chunks, BLOCK_C):
-        rows = start + tl.arange(0, BLOCK_C)
-        part = tl.load(histograms + rows[:, None] * E_POW2 + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
+    bins = tl.arange(0, BINS)
+    before = tl.zeros([BINS], tl.int32)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_chunks, BLOCK_H):
+        rows = start + tl.arange(0, BLOCK_H)
+        part = tl.load(histograms + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
         counts += tl.sum(part, 0)
         before += tl.sum(tl.where(rows[:, None] < chunk, part, 0), 0)
-    base = tl.cumsum(counts, 0) - counts + before
+    here = tl.load(histograms + chunk * BINS + bins)
+    # first place of each expert's pairs of this chunk, less their place in the chunk's own order by expert
+    base = tl.cumsum(counts, 0) - counts + before - (tl.cumsum(here, 0) - here)
 
-    index = chunk * CHUNK + tl.arange(0, CHUNK)
-    mask = index < num_pairs
-    experts = tl.load(ordered_experts + index, mask=mask, other=num_experts)
-    rank = tl.gather(base, experts, 0)
-    for start in range(0, CHUNK, BLOCK_Q):
-        others = chunk * CHUNK + start + tl.arange(0, BLOCK_Q)
-        e = tl.load(ordered_experts + others, mask=others < num_pairs, other=-1)
-        first = (e[None, :] == experts[:, None]) & (others[None, :] < index[:, None])
-        rank += tl.sum(first.to(tl.int32), 1)
-
-    pairs = _pairs_in_order(token_order, index, mask, top_k, HAS_MAPPING)
-    slots = effective_slots(mapping, enabled, pairs // top_k, mask, max_loras, HAS_MAPPING, HAS_ENABLED)
+    local = tl.arange(0, CHUNK)
+    index = chunk * CHUNK + local
+    there = index < num_pairs
+    experts = tl.load(ordered_experts + index, mask=there, other=num_experts)
     known = experts < num_experts
-    stride = num_pairs + 1
-    tl.store(schedule + rank, tl.where(known, pairs, -1), mask=mask)
-    virtual = tl.where(known & (slots >= 0), slots * num_experts + experts, -1)
-    tl.store(schedule + stride + rank, virtual, mask=mask)
+    mine_key = _composite(experts, local, CHUNK, known, False)
+    position = tl.gather(base, tl.where(known, experts, 0), 0)
+    for start in range(0, CHUNK, BLOCK_Q):
+        others = start + tl.arange(0, BLOCK_Q)
+        e = tl.load(
+            ordered_experts + chunk * CHUNK + others, mask=chunk * CHUNK + others < num_pairs, other=num_experts
+        )
+        keys = _composite(e, others, CHUNK, e < num_experts, False)
+        position += tl.sum((keys[None, :] < mine_key[:, None]).to(tl.int32), 1)
 
-    counts = tl.where(bins < num_experts, counts, 0)
-    total = tl.sum((counts + TILE_ROWS - 1) // TILE_ROWS, 0)
-    for start in range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK_T):
-        columns = start + tl.arange(0, BLOCK_T)
-        if start < total:
-            _write_tiles(schedule, columns, num_pairs, counts, E_POW2, TILE_ROWS)
-        else:
-            _fill_unused_tiles(schedule, columns, num_pairs)
+    pairs = _pairs_in_order(token_order, index, there, top_k, HAS_MAPPING)
+    slots = effective_slots(mapping, enabled, pairs // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
+    _write_pairs(schedule, position, pairs, experts, slots, known, num_pairs, num_experts)
+    _fill_unused(schedule, index, num_pairs, tl.sum(counts, 0), most_tiles)
+    # the first chunks fill the columns that tiles can reach
+    for start in range(chunk * BLOCK_C, most_tiles, num_chunks * BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
     if chunk == 0:
-        _write_counts(schedule, num_pairs, tl.sum(counts, 0), total)
+        _write_counts(schedule, num_pairs, counts, TILE_ROWS)
