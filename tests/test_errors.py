@@ -205,7 +205,11 @@ ADD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "lora_b: got 48 output features (shape [3, 6, 48, 8]), expected 46",
     ),
     "mapping none": ({"token_lora_mapping": None}, TypeError, "token_lora_mapping: got NoneType, expected a tensor"),
-    "weights none": ({"mul_routed_weight": True}, TypeError, "topk_weights: got NoneType, expected a tensor"),
+    "weights none": (
+        {"mul_routed_weight": True},
+        TypeError,
+        "topk_weights: got NoneType, expected a tensor (mul_routed_weight is set)",
+    ),
     "experts": ({"lora_a": torch.ones(3, 4, 16, 40)}, ValueError, "lora_a: got 4 experts, expected 6 or 1"),
     "no slots": (
         {"lora_a": torch.ones(0, 6, 16, 40), "lora_b": torch.ones(0, 6, 48, 8)},

@@ -52,6 +52,17 @@ def test_lora_expand_add_(variant: Case) -> None:
                     opcheck(ops.lora_expand_add_.default, args)
 
 
+def test_lora_add_(variant: Case) -> None:
+    inputs = make_inputs(variant)
+    lora = inputs.lora or MoELoRA(None, None, None, None)
+    tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
+    if lora.gate_up_a is not None:
+        output = torch.randn(*inputs.topk_ids.shape, lora.gate_up_b.shape[2]).to(variant.dtype)
+        args = (output, inputs.hidden_states, lora.gate_up_a, lora.gate_up_b, *tokens)
+        opcheck(ops.lora_add_.default, (*args, None, None, variant.num_slices))
+        opcheck(ops.lora_add_.default, (*args, schedule_of(inputs), inputs.topk_weights, variant.num_slices))
+
+
 def test_fused_experts(variant: Case) -> None:
     inputs = make_inputs(variant)
     x, w13, w2, weights, ids, lora, mapping = inputs.args

@@ -60,7 +60,7 @@ class TestSnapshots(TestCase):
     maxDiff = None
 
     def test_schemas(self) -> None:
-        names = ("route", "lora_shrink", "lora_expand_add_", "fused_experts")
+        names = ("route", "lora_shrink", "lora_expand_add_", "lora_add_", "fused_experts")
         schemas = [str(getattr(torch.ops.lora_moe, name).default._schema) for name in names]
         self.assertExpectedInline(
             "\n".join(schemas),
@@ -68,6 +68,7 @@ class TestSnapshots(TestCase):
 lora_moe::route(Tensor topk_ids, Tensor? token_lora_mapping, Tensor? adapter_enabled, SymInt num_experts, SymInt max_loras) -> Tensor
 lora_moe::lora_shrink(Tensor hidden_states, Tensor lora_a, Tensor topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, SymInt num_experts, SymInt split_k=1) -> Tensor
 lora_moe::lora_expand_add_(Tensor(a!) output, Tensor shrunk, Tensor lora_b, Tensor topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, Tensor? topk_weights, SymInt num_experts, SymInt num_slices=1) -> ()
+lora_moe::lora_add_(Tensor(a!) output, Tensor hidden_states, Tensor lora_a, Tensor lora_b, Tensor topk_ids, Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, Tensor? topk_weights, SymInt num_slices=1) -> ()
 lora_moe::fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? schedule=None, Tensor? gate_up_a=None, Tensor? gate_up_b=None, Tensor? down_a=None, Tensor? down_b=None, Tensor? token_lora_mapping=None, Tensor? adapter_enabled=None, Tensor? w13_bias=None, Tensor? w2_bias=None, str activation="silu", bool is_gated=True, bool interleaved=False, float routed_scaling_factor=1., float swiglu_alpha=1.702, float swiglu_limit=7.) -> Tensor""",
         )
 
@@ -90,8 +91,6 @@ lora_moe.fused_experts.default <- l_x_, l_self_w13, l_self_w2, weights, ids, sch
             "\n".join(ours),
             """\
 lora_moe.route.default <- ids, l_token_lora_mapping_
-lora_moe.lora_shrink.default <- l_x_, l_self_lora_gate_up_a, ids, l_token_lora_mapping_, schedule
-lora_moe.lora_expand_add_.default <- cache1, shrunk, l_self_lora_gate_up_b, ids, l_token_lora_mapping_, schedule
-lora_moe.lora_shrink.default <- flatten, l_self_lora_down_a, ids, l_token_lora_mapping_, schedule
-lora_moe.lora_expand_add_.default <- cache3, shrunk_1, l_self_lora_down_b, ids, l_token_lora_mapping_, schedule, weights""",
+lora_moe.lora_add_.default <- cache1, l_x_, l_self_lora_gate_up_a, l_self_lora_gate_up_b, ids, l_token_lora_mapping_, schedule
+lora_moe.lora_add_.default <- cache3, value, l_self_lora_down_a, l_self_lora_down_b, ids, l_token_lora_mapping_, schedule, weights""",
         )

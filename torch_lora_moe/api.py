@@ -5,7 +5,7 @@ Everything here traces under ``torch.compile(fullgraph=True)``; the routing cach
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,45 +153,19 @@ def virtual_experts_lora_add(
     Raises:
         TypeError, ValueError: before anything runs, naming the argument, what came and what was expected.
     """
-    num_experts = _checked_lora_add(
-        output,
-        hidden_states,
-        lora_a,
-        lora_b,
-        topk_ids,
-        topk_weights,
-        token_lora_mapping,
-        adapter_enabled,
-        mul_routed_weight,
-        num_slices,
-    )
-    num_pairs, max_loras = topk_ids.shape[0] * topk_ids.shape[1], lora_a.shape[0]
-    tokens = (topk_ids, token_lora_mapping, adapter_enabled)
-    schedule = None
-    if routing.lora_needs_schedule(num_pairs, num_experts * max_loras, hidden_states.device.type):
-        schedule = routing.cached_schedule(routing_cache, ops.route, *tokens, num_experts, max_loras)
-    split_k = routing.split_k(num_pairs, hidden_states.shape[1], hidden_states.device.type)
-    shrunk = ops.lora_shrink(hidden_states, lora_a, *tokens, schedule, num_experts, split_k)
     weights = topk_weights if mul_routed_weight else None
-    ops.lora_expand_add_(output, shrunk, lora_b, *tokens, schedule, weights, num_experts, num_slices)
-
-
-# Number of experts of the calls checked before, by all that the check looks at: checking costs more than a launch.
-_CHECKED: dict[tuple[object, ...], int] = {}
-
-
-def _checked_lora_add(*arguments: Any) -> int:
-    """``checks.check_lora_add``, once for each combination of shapes, dtypes, strides and devices."""
-    if torch.compiler.is_compiling() or not all(isinstance(value, Tensor) or value is None for value in arguments[:8]):
-        return checks.check_lora_add(*arguments)
-    key = (*map(checks.like, arguments[:8]), *arguments[8:])
-    num_experts = _CHECKED.get(key)
-    if num_experts is None:
-        num_experts = checks.check_lora_add(*arguments)
-        if len(_CHECKED) >= 4096:
-            _CHECKED.clear()
-        _CHECKED[key] = num_experts
-    return num_experts
+    tokens = (topk_ids, token_lora_mapping, adapter_enabled)
+    whole = all(isinstance(value, Tensor) for value in (output, hidden_states, lora_a, lora_b, topk_ids))
+    if not whole or (mul_routed_weight and weights is None):
+        checks.check_lora_add(output, hidden_states, lora_a, lora_b, *tokens, None, weights, num_slices)
+        raise TypeError("topk_weights: got NoneType, expected a tensor (mul_routed_weight is set)")
+    schedule = None
+    num_experts, max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
+    if routing.lora_needs_schedule(topk_ids.numel(), num_experts * max_loras, output.device.type):
+        if routing_cache is None or "schedule" not in routing_cache:
+            checks.check_lora_add(output, hidden_states, lora_a, lora_b, *tokens, None, weights, num_slices)
+        schedule = routing.cached_schedule(routing_cache, ops.route, *tokens, num_experts, max_loras)
+    ops.lora_add_(output, hidden_states, lora_a, lora_b, *tokens, schedule, weights, num_slices)
 
 
 class LoRAHooks:

@@ -170,13 +170,13 @@ def check_lora_add(
     lora_a: Tensor,
     lora_b: Tensor,
     topk_ids: Tensor,
-    topk_weights: Tensor | None,
     token_lora_mapping: Tensor,
     adapter_enabled: Tensor | None,
-    mul_routed_weight: bool,
-    num_slices: int,
-) -> int:
-    """Checks the arguments of ``virtual_experts_lora_add``; returns the number of experts.
+    schedule: Tensor | None,
+    topk_weights: Tensor | None,
+    num_slices: int = 1,
+) -> None:
+    """Checks the arguments of ``lora_moe::lora_add_``.
 
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype.
@@ -198,20 +198,13 @@ def check_lora_add(
         _fail("num_slices", num_slices, f"a divisor of the {output.shape[2]} output columns")
     if token_lora_mapping is None:
         raise TypeError("token_lora_mapping: got NoneType, expected a tensor")
-    experts = check_lora_pair(
-        ("lora_a", "lora_b"),
-        lora_a,
-        lora_b,
-        hidden_states.shape[1],
-        output.shape[2],
-        num_slices,
-        None,
-        hidden_states,
-    )
-    if mul_routed_weight:
-        _router_weights(topk_weights, num_tokens, top_k, device)
+    sizes = (hidden_states.shape[1], output.shape[2], num_slices)
+    experts = check_lora_pair(("lora_a", "lora_b"), lora_a, lora_b, *sizes, None, hidden_states)
     check_routing(topk_ids, token_lora_mapping, adapter_enabled, experts, lora_a.shape[0])
-    return experts
+    if schedule is not None:
+        check_schedule(schedule, num_tokens * top_k, device)
+    if topk_weights is not None:
+        _router_weights(topk_weights, num_tokens, top_k, device)
 
 
 def _router_weights(topk_weights: Tensor | None, num_tokens: int, top_k: int, device: torch.device) -> None:

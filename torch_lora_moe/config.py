@@ -38,7 +38,7 @@ def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: t
     """The configuration of ``kernel`` for ``num_pairs`` pairs.
 
     Args:
-        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_runs``.
+        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_blocks``.
         num_pairs: pairs of the batch.
         outer: rows of A (all slices) for a shrink, output columns of one slice for an expand.
         inner: input features for a shrink, rank for an expand.
@@ -105,15 +105,21 @@ def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     return LaunchConfig(1, min(256 if inner <= 32 else 64, max(16, power_of_two(outer))), 0, 4, 1)
 
 
-def _expand_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
-    dense = num_pairs > 8192
+def _expand_blocks(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     block_n, block_k = min(128, max(16, power_of_two(outer))), min(64, max(16, power_of_two(inner)))
-    return LaunchConfig(32 if dense else 16, block_n, block_k, 4, 2, 32 if dense else 4)
+    return LaunchConfig(16 if num_pairs <= 8192 else 32, block_n, block_k, 4, 2)
 
 
 HEURISTICS = {
     "shrink_pairs": _shrink_pairs,
     "shrink_runs": _shrink_runs,
     "expand_pairs": _expand_pairs,
-    "expand_runs": _expand_runs,
+    "expand_blocks": _expand_blocks,
 }
+
+
+def shrink_planes(num_pairs: int, in_features: int, sorts: bool) -> int:
+    """Planes of a split-K shrink: few pairs need them to fill the GPU, sorted ones only where the sum is long."""
+    if sorts:
+        return 2 if in_features >= 2048 else 1
+    return max(1, min(8, in_features // 256))

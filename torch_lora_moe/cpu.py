@@ -132,6 +132,27 @@ def lora_expand_add_(
     output[token, k] = (output[token, k].float() + delta).to(output.dtype)
 
 
+def lora_add_(
+    output: Tensor,
+    hidden_states: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    topk_ids: Tensor,
+    token_lora_mapping: Tensor,
+    adapter_enabled: Tensor | None,
+    schedule: Tensor | None,
+    topk_weights: Tensor | None,
+    num_slices: int = 1,
+) -> None:
+    """A shrink and an expand."""
+    num_experts = max(lora_a.shape[1], lora_b.shape[1])
+    tokens = (topk_ids, token_lora_mapping, adapter_enabled)
+    if schedule is None:
+        schedule = route(*tokens, num_experts, lora_a.shape[0])
+    shrunk = lora_shrink(hidden_states, lora_a, *tokens, schedule, num_experts)
+    lora_expand_add_(output, shrunk, lora_b, *tokens, schedule, topk_weights, num_experts, num_slices)
+
+
 def fused_experts(call: FusedArguments) -> Tensor:
     """The whole layer, its intermediates in sorted order."""
     (num_tokens, top_k), num_experts = call.topk_ids.shape, call.w13.shape[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
-from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two
+from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two, shrink_planes
 from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
 
@@ -48,12 +48,13 @@ class Plan:
     def __call__(self, is_aligned: bool, *args: Any) -> None:
         """Launches on the current stream; ``is_aligned``: all pointers are multiples of 16, as compiled for."""
         compiled = self.compiled
-        if compiled is None or not is_aligned or triton.knobs.runtime.launch_enter_hook is not None:
+        if compiled is None or not is_aligned or _profiled():
             compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
             if is_aligned:
                 self.compiled = compiled
             return
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        # the call that Triton's own launch ends in, without the binding of arguments before it
         compiled.run(
             *self.grid,
             stream,
@@ -65,6 +66,12 @@ class Plan:
             *args,
             *self.constants,
         )
+
+
+def _profiled() -> bool:
+    """Whether someone (a profiler) listens to Triton's launches."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def remember(plans: dict[Any, Any], key: Any, plan: Any) -> None:
@@ -154,7 +161,7 @@ class RoutePlan:
             return schedule.zero_()
         mapping = topk_ids if mapping is None else mapping
         enabled = topk_ids if enabled is None else enabled
-        fits = aligned(topk_ids, mapping, enabled)
+        fits = True  # no kernel of a route looks at more than one element at a time
         if len(self.launches) == 1:
             self.launches[0](fits, topk_ids, mapping, enabled, schedule, self.num_tokens, *self.sizes)
             return schedule
@@ -189,20 +196,14 @@ def lora_shrink(
     plan = _SHRINK_PLANS.get(key)
     if plan is None:
         checks.check_shrink(*tensors, num_experts, split_k)
-        plan = shrink_plan(*tensors, num_experts, split_k)
+        plan = ShrinkPlan(*tensors, num_experts, split_k)
         remember(_SHRINK_PLANS, key, plan)
-    num_pairs = topk_ids.numel()
-    out = hidden_states.new_empty((split_k, num_pairs, lora_a.shape[2]), dtype=torch.float32)
-    if num_pairs == 0:
-        return out
-    launch, sorts, sizes = plan
-    enabled = topk_ids if adapter_enabled is None else adapter_enabled
-    args: tuple[Tensor, ...] = (hidden_states, lora_a, out, topk_ids, token_lora_mapping, enabled)
-    if sorts:
-        if schedule is None:
+    out = hidden_states.new_empty((split_k, topk_ids.numel(), lora_a.shape[2]), dtype=torch.float32)
+    if topk_ids.numel():
+        if plan.sorts and schedule is None:
             schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
-        args = (*args, schedule)
-    launch(aligned(*args), *args, *sizes)
+        fits = aligned(hidden_states, lora_a, out)
+        plan(fits, hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
     return out
 
 
@@ -214,42 +215,64 @@ def aligned(*tensors: Tensor) -> bool:
     return pointers % 16 == 0
 
 
-def shrink_plan(
-    hidden_states: Tensor,
-    lora_a: Tensor,
-    topk_ids: Tensor,
-    token_lora_mapping: Tensor,
-    adapter_enabled: Tensor | None,
-    schedule: Tensor | None,
-    num_experts: int,
-    split_k: int,
-    config: LaunchConfig | None = None,
-    sorts: bool | None = None,
-) -> tuple[Plan, bool, tuple[int, ...]]:
-    """The launch of a shrink, whether it reads a schedule, and its integer arguments."""
-    (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
-    num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
-    sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
-    kernel = "shrink_runs" if sorts else "shrink_pairs"
-    config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
-    blocks = -(-in_features // config.block_k)
-    pdl = has_dependent_launch(hidden_states.device)
-    constants: dict[str, Any] = {
-        "STRIDE_X": hidden_states.stride(0),
-        "IN": in_features,
-        "ROWS": rows,
-        "CHUNK": -(-blocks // split_k) * config.block_k,
-        "SHARED": experts == 1 and num_experts > 1,
-        "HAS_ENABLED": adapter_enabled is not None,
-    }
-    if sorts:
-        constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
-    constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
-    first = -(-num_pairs // config.window) if sorts else num_pairs
-    grid = (first, -(-rows // config.block_n), split_k)
-    launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
-    pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
-    return launch, sorts, (num_pairs, top_k, pairs_per_row, num_experts, max_loras)
+class ShrinkPlan:
+    """The launch of a shrink; ``sorts`` says whether it reads a schedule."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        lora_a: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+        num_experts: int,
+        split_k: int | None = None,
+        config: LaunchConfig | None = None,
+        sorts: bool | None = None,
+    ) -> None:
+        (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
+        num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
+        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+        self.split_k = shrink_planes(num_pairs, in_features, self.sorts) if split_k is None else split_k
+        kernel = "shrink_runs" if self.sorts else "shrink_pairs"
+        config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
+        blocks = -(-in_features // config.block_k)
+        pdl = has_dependent_launch(hidden_states.device)
+        constants: dict[str, Any] = {
+            "STRIDE_X": hidden_states.stride(0),
+            "IN": in_features,
+            "ROWS": rows,
+            "CHUNK": -(-blocks // self.split_k) * config.block_k,
+            "SHARED": experts == 1 and num_experts > 1,
+            "HAS_ENABLED": adapter_enabled is not None,
+        }
+        if self.sorts:
+            constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
+        first = -(-num_pairs // config.window) if self.sorts else num_pairs
+        grid = (first, -(-rows // config.block_n), self.split_k)
+        self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+        pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
+        self.sizes = (num_pairs, top_k, pairs_per_row, num_experts, max_loras)
+
+    def __call__(
+        self,
+        fits: bool,
+        x: Tensor,
+        a: Tensor,
+        out: Tensor,
+        ids: Tensor,
+        mapping: Tensor,
+        enabled: Tensor | None,
+        schedule: Tensor | None,
+    ) -> None:
+        """Launches."""
+        enabled = ids if enabled is None else enabled
+        if self.sorts:
+            self.launch(fits, x, a, out, ids, mapping, enabled, schedule, *self.sizes)
+        else:
+            self.launch(fits, x, a, out, ids, mapping, enabled, *self.sizes)
 
 
 _EXPAND_PLANS: dict[Any, Any] = {}
@@ -274,64 +297,111 @@ def lora_expand_add_(
     plan = _EXPAND_PLANS.get(key)
     if plan is None:
         checks.check_expand(*tensors, num_experts, num_slices)
-        plan = expand_plan(*tensors, num_experts, num_slices)
+        plan = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, num_experts, num_slices, shrunk.shape[0])
         remember(_EXPAND_PLANS, key, plan)
-    if topk_ids.numel() == 0:
-        return
-    launch, sorts, sizes = plan
-    weights = topk_ids if topk_weights is None else topk_weights
-    if sorts:
-        if schedule is None:
+    if topk_ids.numel():
+        if plan.sorts and schedule is None:
             schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
-        args: tuple[Tensor, ...] = (output, shrunk, lora_b, schedule, weights)
-    else:
-        enabled = topk_ids if adapter_enabled is None else adapter_enabled
-        args = (output, shrunk, lora_b, topk_ids, token_lora_mapping, enabled, weights)
-    launch(aligned(*args), *args, *sizes)
+        fits = aligned(output, shrunk, lora_b)
+        plan(fits, output, shrunk, lora_b, topk_ids, token_lora_mapping, adapter_enabled, schedule, topk_weights)
 
 
-def expand_plan(
+class ExpandPlan:
+    """The launch of an expand; ``sorts`` says whether it reads a schedule."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        lora_b: Tensor,
+        adapter_enabled: Tensor | None,
+        topk_weights: Tensor | None,
+        num_experts: int,
+        num_slices: int,
+        num_planes: int,
+        config: LaunchConfig | None = None,
+        sorts: bool | None = None,
+    ) -> None:
+        num_tokens, top_k, out_features = output.shape
+        num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
+        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+        kernel = "expand_blocks" if self.sorts else "expand_pairs"
+        columns = out_features // num_slices
+        config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
+        pdl = has_dependent_launch(output.device)
+        strides = dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True))
+        shape: dict[str, Any] = {**strides, "SLICE": columns, "NUM_SLICES": num_slices, "RANK": rank}
+        variant: dict[str, Any] = {"SHARED": experts == 1 and num_experts > 1}
+        weighted = {"HAS_WEIGHTS": topk_weights is not None}
+        if self.sorts:
+            blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_k, "PDL": pdl}
+            constants = {**shape, **variant, **weighted, **blocks}
+            self.sizes: tuple[int, ...] = (num_pairs, top_k, num_experts, num_planes)
+        else:
+            shape["RANK_POW2"] = power_of_two(rank)
+            variant["HAS_ENABLED"] = adapter_enabled is not None
+            constants = {**shape, **variant, **weighted, "BLOCK_N": config.block_n, "PDL": pdl}
+            self.sizes = (num_pairs, top_k, num_experts, max_loras, num_planes)
+        first = -(-num_pairs // config.block_m) if self.sorts else num_pairs
+        grid = (first, num_slices * -(-columns // config.block_n), 1)
+        self.launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+
+    def __call__(
+        self,
+        fits: bool,
+        output: Tensor,
+        shrunk: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        mapping: Tensor,
+        enabled: Tensor | None,
+        schedule: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Launches."""
+        weights = ids if weights is None else weights
+        if self.sorts:
+            self.launch(fits, output, shrunk, b, schedule, weights, *self.sizes)
+        else:
+            enabled = ids if enabled is None else enabled
+            self.launch(fits, output, shrunk, b, ids, mapping, enabled, weights, *self.sizes)
+
+
+_ADD_PLANS: dict[Any, Any] = {}
+
+
+@on_device
+def lora_add_(
     output: Tensor,
-    shrunk: Tensor,
+    hidden_states: Tensor,
+    lora_a: Tensor,
     lora_b: Tensor,
     topk_ids: Tensor,
     token_lora_mapping: Tensor,
     adapter_enabled: Tensor | None,
     schedule: Tensor | None,
     topk_weights: Tensor | None,
-    num_experts: int,
-    num_slices: int,
-    config: LaunchConfig | None = None,
-    sorts: bool | None = None,
-) -> tuple[Plan, bool, tuple[int, ...]]:
-    """The launch of an expand, whether it reads a schedule, and its integer arguments."""
-    num_tokens, top_k, out_features = output.shape
-    num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
-    sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
-    kernel = "expand_runs" if sorts else "expand_pairs"
-    columns = out_features // num_slices
-    config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
-    pdl = has_dependent_launch(output.device)
-    constants: dict[str, Any] = {
-        **dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True)),
-        "SLICE": columns,
-        "NUM_SLICES": num_slices,
-        "RANK": rank,
-    }
-    if not sorts:
-        constants["RANK_POW2"] = power_of_two(rank)
-    constants["SHARED"] = experts == 1 and num_experts > 1
-    if not sorts:
-        constants["HAS_ENABLED"] = adapter_enabled is not None
-    constants["HAS_WEIGHTS"] = topk_weights is not None
-    if sorts:
-        constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_N": config.block_n, "BLOCK_R": config.block_k}
-    else:
-        constants["BLOCK_N"] = config.block_n
-    constants["PDL"] = pdl
-    blocks = num_slices * -(-columns // config.block_n)
-    grid = (-(-num_pairs // config.window) * blocks, 1, 1) if sorts else (num_pairs, blocks, 1)
-    launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
-    sizes = (num_pairs, top_k, num_experts, shrunk.shape[0])
-    return launch, sorts, sizes if sorts else (*sizes[:3], max_loras, shrunk.shape[0])
+    num_slices: int = 1,
+) -> None:
+    """A shrink and an expand of one projection, looked up and checked as one."""
+    tensors = (output, hidden_states, lora_a, lora_b, topk_ids, token_lora_mapping)
+    optional = (adapter_enabled, schedule, topk_weights)
+    key = (*[(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors], *map(like, optional), num_slices)
+    plans = _ADD_PLANS.get(key)
+    num_experts = max(lora_a.shape[1], lora_b.shape[1])
+    if plans is None:
+        checks.check_lora_add(*tensors, *optional, num_slices)
+        shrinks = ShrinkPlan(*tensors[1:3], *tensors[4:], adapter_enabled, schedule, num_experts)
+        planes = shrinks.split_k
+        expands = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, num_experts, num_slices, planes)
+        plans = (shrinks, expands, (planes, topk_ids.numel(), lora_a.shape[2]))
+        remember(_ADD_PLANS, key, plans)
+    shrinks, expands, shape = plans
+    if shape[1] == 0:
+        return
+    if shrinks.sorts and schedule is None:
+        schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
+    shrunk = hidden_states.new_empty(shape, dtype=torch.float32)
+    tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
+    fits = aligned(output, hidden_states, lora_a, lora_b)
+    shrinks(fits, hidden_states, lora_a, shrunk, *tokens)
+    expands(fits, output, shrunk, lora_b, *tokens, topk_weights)

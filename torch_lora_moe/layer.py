@@ -9,7 +9,7 @@ from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import FusedArguments, like
 from torch_lora_moe.config import power_of_two
 from torch_lora_moe.kernels import experts as kernels
-from torch_lora_moe.launch import Plan, aligned, lora_expand_add_, lora_shrink, on_device, remember, route
+from torch_lora_moe.launch import Plan, aligned, lora_add_, on_device, remember, route
 
 _PLANS: dict[object, LayerPlan] = {}
 
@@ -101,12 +101,9 @@ class LayerPlan:
     ) -> None:
         if a is None or b is None or call.token_lora_mapping is None:
             return
-        tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, schedule)
-        planes = routing.split_k(self.num_pairs, x.shape[1], x.device.type)
-        shrunk = lora_shrink(x, a, *tokens, self.num_experts, planes)
-        output = rows.view(self.num_tokens, self.top_k, -1)
         weights = call.topk_weights if a is call.down_a else None
-        lora_expand_add_(output, shrunk, b, *tokens, weights, self.num_experts, slices)
+        tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, schedule)
+        lora_add_(rows.view(self.num_tokens, self.top_k, -1), x, a, b, *tokens, weights, slices)
 
 
 @on_device

@@ -31,6 +31,11 @@ SCHEMAS = {
         "Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, Tensor? topk_weights, "
         "SymInt num_experts, SymInt num_slices=1) -> ()"
     ),
+    "lora_add_": (
+        "lora_add_(Tensor(a!) output, Tensor hidden_states, Tensor lora_a, Tensor lora_b, Tensor topk_ids, "
+        "Tensor token_lora_mapping, Tensor? adapter_enabled, Tensor? schedule, Tensor? topk_weights, "
+        "SymInt num_slices=1) -> ()"
+    ),
     "fused_experts": (
         "fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_weights, Tensor topk_ids, "
         "Tensor? schedule=None, Tensor? gate_up_a=None, Tensor? gate_up_b=None, Tensor? down_a=None, "
@@ -70,7 +75,7 @@ def _shrink_fake(
     return hidden_states.new_empty(shape, dtype=torch.float32)
 
 
-def _expand_fake(*args: object, **kwargs: object) -> None:
+def _in_place_fake(*args: object, **kwargs: object) -> None:
     return None
 
 
@@ -123,7 +128,12 @@ _KERNELS = {
     "lora_expand_add_": (
         _checked(checks.check_expand, cpu.lora_expand_add_),
         "launch",
-        _checked(checks.check_expand, _expand_fake),
+        _checked(checks.check_expand, _in_place_fake),
+    ),
+    "lora_add_": (
+        _checked(checks.check_lora_add, cpu.lora_add_),
+        "launch",
+        _checked(checks.check_lora_add, _in_place_fake),
     ),
     "fused_experts": (_checked_layer(cpu.fused_experts), "layer", _checked_layer(_fused_fake)),
 }
@@ -135,4 +145,5 @@ for _name, (_cpu_kernel, _module, _fake) in _KERNELS.items():
 route = torch.ops.lora_moe.route.default
 lora_shrink = torch.ops.lora_moe.lora_shrink.default
 lora_expand_add_ = torch.ops.lora_moe.lora_expand_add_.default
+lora_add_ = torch.ops.lora_moe.lora_add_.default
 fused_experts = torch.ops.lora_moe.fused_experts.default

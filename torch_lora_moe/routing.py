@@ -90,16 +90,3 @@ def cached_schedule(
         routing_cache["num_experts"] = num_experts
         routing_cache["max_loras"] = max_loras
     return schedule
-
-
-def split_k(num_pairs: int, in_features: int, device_type: str) -> int:
-    """Planes of a split-K shrink: enough that few pairs still fill a GPU, one when the pairs fill it alone.
-
-    Works on symbolic sizes without a guard, so a compiled graph does not depend on the batch.
-    """
-    if device_type == "cpu":
-        return 1
-    most = max(1, min(8, in_features // 256))
-    if isinstance(num_pairs, int):
-        return max(1, min(most, 8192 // (num_pairs + 1)))
-    return torch.sym_max(1, torch.sym_min(most, 8192 // (num_pairs + 1)))

@@ -30,7 +30,7 @@ NAN = float("nan")
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Runs a test on both LoRA paths, whatever the batch."""
-    plans = (launch._SHRINK_PLANS, launch._EXPAND_PLANS)
+    plans = (launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS)
     for plan in plans:
         plan.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
@@ -218,6 +218,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
         shrunk = torch.randn(planes, 34, 16, device="cuda")
         args = (output, shrunk, lora.gate_up_b, *tokens, given, inputs.topk_weights, 6, 2)
         opcheck(ops.lora_expand_add_.default, args)
+        args = (output, inputs.hidden_states, lora.gate_up_a, lora.gate_up_b, *tokens)
+        opcheck(ops.lora_add_.default, (*args, given, inputs.topk_weights, 2))
     weights = (inputs.hidden_states, inputs.w13, inputs.w2, inputs.topk_weights, inputs.topk_ids)
     opcheck(ops.fused_experts.default, (*weights, None, *lora[:4], *tokens[1:]), inputs.kwargs)
 

@@ -25,7 +25,7 @@ from torch_lora_moe import launch, routing
 from torch_lora_moe.bench.hooks import environment
 from torch_lora_moe.bench.problems import SHAPES, Problem, Shape, make_problems
 from torch_lora_moe.bench.timing import graph_time
-from torch_lora_moe.config import LaunchConfig, power_of_two
+from torch_lora_moe.config import LaunchConfig, power_of_two, shrink_planes
 
 Measured = tuple[float, LaunchConfig, int]
 
@@ -47,9 +47,9 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
             if n * deep <= 16384 and n <= wide:
                 yield LaunchConfig(1, n, 0, warps, 1)
     else:
-        for m, n, warps, windows in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8), (1, 2, 4)):
-            if n <= wide and 2048 <= m * n <= 16384:
-                yield LaunchConfig(m, n, min(64, deep), warps, 2, max(4, m // windows))
+        for m, n, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8)):
+            if n <= wide and m * n <= 8192:
+                yield LaunchConfig(m, n, min(64, deep), warps, 2)
 
 
 class Job:
@@ -57,6 +57,7 @@ class Job:
 
     def __init__(self, kernel: str, projection: str, problems: list[Problem]) -> None:
         self.kernel, self.problems = kernel, problems
+        self.sorts = kernel.endswith(("runs", "blocks"))
         problem, shape = problems[0], problems[0].shape
         lora = problem.lora
         gate_up = projection == "gate_up"
@@ -80,27 +81,22 @@ class Job:
         return [make(i, config, split_k) for i in range(len(self.problems))]
 
     def _shrink(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
-        problem, x, sorts = self.problems[i], self.inputs[i], self.kernel.endswith("runs")
+        problem, x, schedule = self.problems[i], self.inputs[i], self.schedules[i]
         assert self.a is not None
         tokens, experts = self._tokens(problem), problem.shape.num_experts
-        args = (x, self.a, *tokens, self.schedules[i], experts, split_k)
-        plan, _, sizes = launch.shrink_plan(*args, config, sorts)
-        out = torch.empty(split_k, problem.num_pairs, self.a.shape[2], device=x.device)
-        tensors = (x, self.a, out, *tokens[:2], tokens[0], *([self.schedules[i]] if sorts else []))
-        return lambda: plan(True, *tensors, *sizes)
+        plan = launch.ShrinkPlan(x, self.a, *tokens, schedule, experts, split_k, config, self.sorts)
+        args = (x, self.a, torch.empty(split_k, problem.num_pairs, self.a.shape[2], device="cuda"), *tokens, schedule)
+        return lambda: plan(True, *args)
 
     def _expand(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
-        problem, sorts = self.problems[i], self.kernel.endswith("runs")
+        problem = self.problems[i]
         assert self.b is not None
-        tokens, experts = self._tokens(problem), problem.shape.num_experts
         shrunk = torch.ones(split_k, problem.num_pairs, self.num_slices * self.b.shape[3], device="cuda")
         output = problem.x.new_zeros(*problem.topk_ids.shape, self.b.shape[2])
-        args = (output, shrunk, self.b, *tokens, self.schedules[i], None, experts, self.num_slices)
-        plan, _, sizes = launch.expand_plan(*args, config, sorts)
-        tensors: tuple[Tensor, ...] = (output, shrunk, self.b, *tokens[:2], tokens[0], tokens[0])
-        if sorts:
-            tensors = (output, shrunk, self.b, self.schedules[i], tokens[0])
-        return lambda: plan(True, *tensors, *sizes)
+        experts = problem.shape.num_experts
+        plan = launch.ExpandPlan(output, self.b, None, None, experts, self.num_slices, split_k, config, self.sorts)
+        args = (output, shrunk, self.b, *self._tokens(problem), self.schedules[i], None)
+        return lambda: plan(True, *args)
 
 
 def compile_all(job: Job, configs: list[LaunchConfig], splits: list[int]) -> None:
@@ -128,12 +124,13 @@ def tune(job: Job, splits: list[int]) -> list[Measured]:
     return sorted(measured, key=lambda row: row[0])
 
 
-def splits_of(kernel: str, num_pairs: int, inner: int) -> list[int]:
+def splits_of(job: Job) -> list[int]:
     """Numbers of planes to try for a shrink; an expand takes what its shrink will use."""
-    usual = routing.split_k(num_pairs, inner, "cuda")
-    if kernel.startswith("expand"):
-        return [usual]
-    return sorted({1, 2, usual, min(8, max(1, inner // 256)), max(1, usual // 2)})
+    inner = job.size[1]
+    if job.kernel.startswith("expand"):
+        return [1]
+    usual = shrink_planes(job.problems[0].num_pairs, inner, job.sorts)
+    return sorted({1, 2, usual, max(1, min(8, inner // 256))})
 
 
 def main() -> None:
@@ -143,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,256,512,1024,4096")
     parser.add_argument("--ranks", type=_numbers, default="16,64")
     parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_runs")
+    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 
@@ -160,10 +157,10 @@ def main() -> None:
             ) == (pairs > routing.UNSORTED_PAIRS):
                 continue
             job = Job(kernel, projection, problems)
-            best = tune(job, splits_of(kernel, pairs, job.size[1]))
+            best = tune(job, splits_of(job))
             for time, config, split_k in best[:3]:
                 tqdm.write(f"{kernel} {projection} r={rank} M={tokens}: {time:7.2f} us  split_k={split_k} {config}")
-            usual = routing.split_k(pairs, job.size[1], "cuda") if kernel.startswith("shrink") else best[0][2]
+            usual = 1 if kernel.startswith("expand") else shrink_planes(pairs, job.size[1], job.sorts)
             chosen = next(row for row in best if row[2] == usual)
             kernels[kernel].append(
                 {"shape": [pairs, *job.size], "config": asdict(chosen[1]), "us": round(chosen[0], 2)}

@@ -6,7 +6,10 @@ import triton.language as tl
 from .common import known_experts
 
 
-@triton.jit(do_not_specialize=["num_pairs", "pairs_per_row"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "pairs_per_row"],
+    do_not_specialize_on_alignment=["schedule", "topk_weights"],
+)
 def expert_gemm(
     x,
     w,
@@ -114,7 +117,7 @@ def activate_rows(
     tl.store(out + row * SIZE + column, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["top_k", "num_experts"])
+@triton.jit(do_not_specialize=["top_k", "num_experts"], do_not_specialize_on_alignment=["topk_ids"])
 def sum_pairs(pairs, topk_ids, out, factor, top_k, num_experts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (tokens, blocks of columns): the sum over a token's known experts, in fp32, in order."""
     token = tl.program_id(0)

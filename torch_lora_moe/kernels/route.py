@@ -86,7 +86,10 @@ def _fill_unused(schedule, columns, num_pairs, num_known, first_free_tile):
         tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= first_free_tile))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "top_k", "num_experts", "max_loras", "most_tiles"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_pairs", "top_k", "num_experts", "max_loras", "most_tiles"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
+)
 def route_ranked(
     topk_ids,
     mapping,
@@ -143,7 +146,7 @@ def route_ranked(
             _write_counts(schedule, num_pairs, counts, TILE_ROWS)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_loras"])
+@triton.jit(do_not_specialize=["num_tokens", "max_loras"], do_not_specialize_on_alignment=["mapping", "enabled"])
 def order_tokens(
     mapping,
     enabled,
@@ -178,7 +181,7 @@ def _pairs_in_order(token_order, index, mask, top_k, HAS_MAPPING: tl.constexpr):
     return token * top_k + index % top_k
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts"])
+@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts"], do_not_specialize_on_alignment=["topk_ids"])
 def count_experts(
     topk_ids,
     token_order,
@@ -201,7 +204,10 @@ def count_experts(
     tl.store(histograms + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "most_tiles", "num_chunks"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "most_tiles", "num_chunks"],
+    do_not_specialize_on_alignment=["mapping", "enabled"],
+)
 def scatter_pairs(
     mapping,
     enabled,

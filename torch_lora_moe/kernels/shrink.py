@@ -11,7 +11,10 @@ import triton.language as tl
 from .common import release_consumer, run_starts, virtual_ids, wait_for_producer
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
+)
 def shrink_pairs(
     x,
     a,
@@ -56,7 +59,10 @@ def shrink_pairs(
     tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"])
+@triton.jit(
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "schedule"],
+)
 def shrink_runs(
     x,
     a,
