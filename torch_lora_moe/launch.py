@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
 from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two, shrink_planes
-from torch_lora_moe.kernels import expand, shrink
+from torch_lora_moe.kernels import add, expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
@@ -126,30 +126,29 @@ class RoutePlan:
         tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
         most_tiles = min(num_pairs, num_pairs // tile_rows + num_experts)
         self.sizes = (num_pairs, top_k, num_experts, max_loras, most_tiles)
-        bins = max(256, power_of_two(num_experts))
+        bins = max(16, power_of_two(num_experts))
         common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged}
-        columns = max(1, min(32, 8192 // bins))
+        columns = 8 if bins <= 1024 else 1
         self.launches: list[Plan] = []
         if num_pairs <= RANKED_PAIRS:
             ks = power_of_two(top_k)
             tokens = min(1024, max(64, power_of_two(num_pairs))) // ks
-            mine = 16 if num_pairs <= 1024 else 32
-            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "BLOCK_P": mine, "BLOCK_C": columns}
+            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "BLOCK_P": 16, "BLOCK_C": columns}
             wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
-            grid = (-(-num_pairs // mine) + -(-most_tiles // columns), 1, 1)
+            grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
             constants = {**common, "WIDE": wide, **blocks}
-            self.launches = [Plan(route_kernels.route_ranked, grid, constants, (8, 1))]
+            self.launches = [Plan(route_kernels.route_ranked, grid, constants)]
             return
-        self.chunk = 256 if num_pairs <= 65536 else 1024
+        self.chunk = 256 if num_pairs <= 65536 else 512
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
         wide = (max_loras + 1) * num_tokens >= 2**31
-        order = {"HAS_ENABLED": flagged, "WIDE": wide, "BLOCK_P": 32, "BLOCK_Q": 1024}
+        order = {"HAS_ENABLED": flagged, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "CHUNK": self.chunk}
-        rows = max(1, 16384 // bins)
+        rows = max(1, min(128, 16384 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 64, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 32), 1, 1), order, (8, 1)),
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1)),
             Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1)),
         ]
@@ -366,7 +365,102 @@ class ExpandPlan:
             self.launch(fits, output, shrunk, b, ids, mapping, enabled, weights, *self.sizes)
 
 
-_ADD_PLANS: dict[Any, Any] = {}
+# Rank vectors of a run stay in registers up to this rank.
+MOST_FUSED_RANK = 128
+
+
+class AddPlan:
+    """The launches of one projection: sorted pairs in one, if their rank vectors fit, else a shrink and an expand."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+        topk_weights: Tensor | None,
+        num_slices: int,
+        config: LaunchConfig | None = None,
+        sorts: bool | None = None,
+    ) -> None:
+        self.num_pairs = topk_ids.numel()
+        self.num_experts, self.max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
+        virtual = self.num_experts * self.max_loras
+        self.sorts = routing.lora_sorts(self.num_pairs, virtual) if sorts is None else sorts
+        self.fused: Plan | None = None
+        if self.sorts and num_slices <= 2 and lora_b.shape[3] <= MOST_FUSED_RANK:
+            self._plan_fused(output, hidden_states, lora_a, lora_b, topk_ids, topk_weights, num_slices, config)
+            return
+        tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
+        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts, sorts=self.sorts)
+        sizes = (self.num_experts, num_slices, self.shrink.split_k)
+        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes, sorts=self.sorts)
+        self.shrunk = (self.shrink.split_k, self.num_pairs, lora_a.shape[2])
+
+    def _plan_fused(
+        self,
+        output: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        weights: Tensor | None,
+        num_slices: int,
+        config: LaunchConfig | None,
+    ) -> None:
+        rank, columns = b.shape[3], b.shape[2] // num_slices
+        config = config or launch_config("add_runs", self.num_pairs, columns, x.shape[1], x.device)
+        constants: dict[str, Any] = {
+            "STRIDE_X": x.stride(0),
+            **dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True)),
+            "IN": x.shape[1],
+            "SLICE": columns,
+            "NUM_SLICES": num_slices,
+            "RANK": rank,
+            "RANK_POW2": max(16, power_of_two(rank)),
+            "A_SHARED": a.shape[1] == 1 and self.num_experts > 1,
+            "B_SHARED": b.shape[1] == 1 and self.num_experts > 1,
+            "HAS_WEIGHTS": weights is not None,
+            "WINDOW": config.window,
+            "LONGEST": LONGEST_RUN,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        }
+        grid = (-(-self.num_pairs // config.window), 1, 1)
+        self.fused = Plan(add.add_runs, grid, constants, (config.num_warps, config.num_stages))
+        pairs_per_row = max(self.num_pairs // max(x.shape[0], 1), 1)
+        self.sizes = (self.num_pairs, ids.shape[1], pairs_per_row, self.num_experts)
+
+    def __call__(
+        self,
+        output: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        ids: Tensor,
+        mapping: Tensor,
+        enabled: Tensor | None,
+        schedule: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Launches."""
+        if self.sorts and schedule is None:
+            schedule = route(ids, mapping, enabled, self.num_experts, self.max_loras)
+        fits = aligned(output, x, a, b)
+        if self.fused is not None:
+            self.fused(fits, output, x, a, b, schedule, ids if weights is None else weights, *self.sizes)
+            return
+        shrunk = x.new_empty(self.shrunk, dtype=torch.float32)
+        self.shrink(fits, x, a, shrunk, ids, mapping, enabled, schedule)
+        self.expand(fits, output, shrunk, b, ids, mapping, enabled, schedule, weights)
+
+
+_ADD_PLANS: dict[Any, AddPlan] = {}
 
 
 @on_device
@@ -386,22 +480,10 @@ def lora_add_(
     tensors = (output, hidden_states, lora_a, lora_b, topk_ids, token_lora_mapping)
     optional = (adapter_enabled, schedule, topk_weights)
     key = (*[(t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors], *map(like, optional), num_slices)
-    plans = _ADD_PLANS.get(key)
-    num_experts = max(lora_a.shape[1], lora_b.shape[1])
-    if plans is None:
+    plan = _ADD_PLANS.get(key)
+    if plan is None:
         checks.check_lora_add(*tensors, *optional, num_slices)
-        shrinks = ShrinkPlan(*tensors[1:3], *tensors[4:], adapter_enabled, schedule, num_experts)
-        planes = shrinks.split_k
-        expands = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, num_experts, num_slices, planes)
-        plans = (shrinks, expands, (planes, topk_ids.numel(), lora_a.shape[2]))
-        remember(_ADD_PLANS, key, plans)
-    shrinks, expands, shape = plans
-    if shape[1] == 0:
-        return
-    if shrinks.sorts and schedule is None:
-        schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
-    shrunk = hidden_states.new_empty(shape, dtype=torch.float32)
-    tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
-    fits = aligned(output, hidden_states, lora_a, lora_b)
-    shrinks(fits, hidden_states, lora_a, shrunk, *tokens)
-    expands(fits, output, shrunk, lora_b, *tokens, topk_weights)
+        plan = AddPlan(*tensors, *optional, num_slices)
+        remember(_ADD_PLANS, key, plan)
+    if plan.num_pairs:
+        plan(*tensors, *optional)

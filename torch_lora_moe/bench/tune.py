@@ -42,6 +42,11 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
         for m, k, stages, warps, windows in tiles:
             if k <= deep and m * k <= 8192 and warps * 8 <= m + 16:
                 yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, warps, stages, max(4, m // windows))
+    elif kernel == "add_runs":
+        tiles = itertools.product((16, 32, 64), (64, 128, 256), (64, 128, 256), (2, 3, 4), (1, 2, 4))
+        for m, k, n, stages, windows in tiles:
+            if k <= deep and n <= wide and m * k <= 4096 and m * n <= 8192:
+                yield LaunchConfig(m, n, k, 4, stages, max(4, m // windows))
     elif kernel == "expand_pairs":
         for n, warps in itertools.product((64, 128, 256, 512), (2, 4, 8)):
             if n * deep <= 16384 and n <= wide:
@@ -57,7 +62,7 @@ class Job:
 
     def __init__(self, kernel: str, projection: str, problems: list[Problem]) -> None:
         self.kernel, self.problems = kernel, problems
-        self.sorts = kernel.endswith(("runs", "blocks"))
+        self.sorts = not kernel.endswith("pairs")
         problem, shape = problems[0], problems[0].shape
         lora = problem.lora
         gate_up = projection == "gate_up"
@@ -69,7 +74,8 @@ class Job:
         self.inputs = [p.x if gate_up else p.x.new_ones(pairs, shape.intermediate_size) for p in problems]
         self.schedules = [launch.route(*self._tokens(p), shape.num_experts, self.a.shape[0]) for p in problems]
         rank, width = self.b.shape[3], self.b.shape[2] // self.num_slices
-        self.size = (self.a.shape[2], self.a.shape[3]) if kernel.startswith("shrink") else (width, rank)
+        shrinks, inner = kernel.startswith("shrink"), self.a.shape[3]
+        self.size = (self.a.shape[2], inner) if shrinks else (width, inner if kernel == "add_runs" else rank)
 
     @staticmethod
     def _tokens(problem: Problem) -> tuple[Tensor, Tensor, None]:
@@ -77,8 +83,8 @@ class Job:
 
     def calls(self, config: LaunchConfig, split_k: int) -> list[Callable[[], object]]:
         """One launch for each problem."""
-        make = self._shrink if self.kernel.startswith("shrink") else self._expand
-        return [make(i, config, split_k) for i in range(len(self.problems))]
+        makes = {"shrink": self._shrink, "expand": self._expand, "add": self._add}
+        return [makes[self.kernel.split("_")[0]](i, config, split_k) for i in range(len(self.problems))]
 
     def _shrink(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
         problem, x, schedule = self.problems[i], self.inputs[i], self.schedules[i]
@@ -97,6 +103,16 @@ class Job:
         plan = launch.ExpandPlan(output, self.b, None, None, experts, self.num_slices, split_k, config, self.sorts)
         args = (output, shrunk, self.b, *self._tokens(problem), self.schedules[i], None)
         return lambda: plan(True, *args)
+
+    def _add(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
+        problem = self.problems[i]
+        assert self.a is not None
+        assert self.b is not None
+        output = problem.x.new_zeros(*problem.topk_ids.shape, self.b.shape[2])
+        weights = problem.topk_weights if self.num_slices == 1 else None
+        args = (output, self.inputs[i], self.a, self.b, *self._tokens(problem), self.schedules[i], weights)
+        plan = launch.AddPlan(*args, self.num_slices, config, True)
+        return lambda: plan(*args)
 
 
 def compile_all(job: Job, configs: list[LaunchConfig], splits: list[int]) -> None:
@@ -127,7 +143,7 @@ def tune(job: Job, splits: list[int]) -> list[Measured]:
 def splits_of(job: Job) -> list[int]:
     """Numbers of planes to try for a shrink; an expand takes what its shrink will use."""
     inner = job.size[1]
-    if job.kernel.startswith("expand"):
+    if not job.kernel.startswith("shrink"):
         return [1]
     usual = shrink_planes(job.problems[0].num_pairs, inner, job.sorts)
     return sorted({1, 2, usual, max(1, min(8, inner // 256))})
@@ -140,7 +156,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,256,512,1024,4096")
     parser.add_argument("--ranks", type=_numbers, default="16,64")
     parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks")
+    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks,add_runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 
@@ -160,7 +176,7 @@ def main() -> None:
             best = tune(job, splits_of(job))
             for time, config, split_k in best[:3]:
                 tqdm.write(f"{kernel} {projection} r={rank} M={tokens}: {time:7.2f} us  split_k={split_k} {config}")
-            usual = 1 if kernel.startswith("expand") else shrink_planes(pairs, job.size[1], job.sorts)
+            usual = shrink_planes(pairs, job.size[1], job.sorts) if kernel.startswith("shrink") else 1
             chosen = next(row for row in best if row[2] == usual)
             kernels[kernel].append(
                 {"shape": [pairs, *job.size], "config": asdict(chosen[1]), "us": round(chosen[0], 2)}

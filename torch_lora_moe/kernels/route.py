@@ -30,15 +30,6 @@ def _token_pairs(tokens, num_tokens, top_k, K_POW2: tl.constexpr):
 
 
 @triton.jit
-def _count(experts, known, BINS: tl.constexpr):
-    """How often each expert occurs, ``[BINS]``: a product of two one-hot matrices, by high and low digits of the id."""
-    high = tl.where(known, experts >> 4, -1)
-    rows = (tl.arange(0, BINS // 16)[:, None] == high[None, :]).to(tl.float16)
-    columns = ((experts & 15)[:, None] == tl.arange(0, 16)[None, :]).to(tl.float16)
-    return tl.reshape(tl.dot(rows, columns).to(tl.int32), [BINS])
-
-
-@triton.jit
 def _write_tiles(schedule, columns, mask, num_pairs, counts, BINS: tl.constexpr, TILE_ROWS: tl.constexpr):
     """Writes the expert-tile entries of ``columns``; ``counts`` are rows by expert, zero beyond the last one."""
     stride = num_pairs + 1
@@ -139,7 +130,7 @@ def route_ranked(
         for start in range(0, num_tokens, BLOCK_T):
             pairs, exist = _token_pairs(start + tl.arange(0, BLOCK_T), num_tokens, top_k, K_POW2)
             e = tl.reshape(known_experts(topk_ids, pairs, exist, num_experts), [flat])
-            counts += _count(e, e < num_experts, BINS)
+            counts += tl.histogram(e, BINS, mask=e < num_experts)
         columns = (tl.program_id(0) - rankers) * BLOCK_C + tl.arange(0, BLOCK_C)
         _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
         if tl.program_id(0) == rankers:
@@ -200,7 +191,7 @@ def count_experts(
     pairs = _pairs_in_order(token_order, index, mask, top_k, HAS_MAPPING)
     experts = known_experts(topk_ids, pairs, mask, num_experts)
     tl.store(ordered_experts + index, experts, mask=mask)
-    counts = _count(experts, experts < num_experts, BINS)
+    counts = tl.histogram(experts, BINS, mask=experts < num_experts)
     tl.store(histograms + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
