@@ -38,10 +38,10 @@ def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: t
     """The configuration of ``kernel`` for ``num_pairs`` pairs.
 
     Args:
-        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs``, ``expand_blocks`` or ``add_runs``.
+        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_blocks``.
         num_pairs: pairs of the batch.
-        outer: rows of A (all slices) for a shrink, output columns of one slice otherwise.
-        inner: rank for an expand, input features otherwise.
+        outer: rows of A (all slices) for a shrink, output columns of one slice for an expand.
+        inner: input features for a shrink, rank for an expand.
         device: where it runs.
     """
     entries = _table(_device_name(device)).get(kernel)
@@ -110,18 +110,11 @@ def _expand_blocks(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     return LaunchConfig(16 if num_pairs <= 8192 else 32, block_n, block_k, 4, 2)
 
 
-def _add_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
-    dense = num_pairs > 8192
-    block_n, block_k = min(128, max(16, power_of_two(outer))), min(128, max(16, power_of_two(inner)))
-    return LaunchConfig(32 if dense else 16, block_n, block_k, 4, 3, 32 if dense else 4)
-
-
 HEURISTICS = {
     "shrink_pairs": _shrink_pairs,
     "shrink_runs": _shrink_runs,
     "expand_pairs": _expand_pairs,
     "expand_blocks": _expand_blocks,
-    "add_runs": _add_runs,
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
 from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two, shrink_planes
-from torch_lora_moe.kernels import add, expand, shrink
+from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
@@ -110,7 +110,8 @@ def route(
     if plan is None:
         checks.check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, max_loras)
         mapped = token_lora_mapping is not None and max_loras > 0
-        plan = RoutePlan(topk_ids.shape, num_experts, max_loras, mapped, mapped and adapter_enabled is not None)
+        flagged, pdl = mapped and adapter_enabled is not None, has_dependent_launch(topk_ids.device)
+        plan = RoutePlan(topk_ids.shape, num_experts, max_loras, mapped, flagged, pdl)
         remember(_ROUTE_PLANS, key, plan)
     return plan(topk_ids, token_lora_mapping, adapter_enabled)
 
@@ -118,7 +119,9 @@ def route(
 class RoutePlan:
     """The launches of a route: one up to `RANKED_PAIRS` pairs, else three (two without a mapping)."""
 
-    def __init__(self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool) -> None:
+    def __init__(
+        self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool, pdl: bool
+    ) -> None:
         num_tokens, self.top_k = shape
         self.num_tokens, self.num_pairs = num_tokens, num_tokens * self.top_k
         self.num_experts, self.max_loras, self.mapped = num_experts, max_loras, mapped
@@ -127,7 +130,7 @@ class RoutePlan:
         most_tiles = min(num_pairs, num_pairs // tile_rows + num_experts)
         self.sizes = (num_pairs, top_k, num_experts, max_loras, most_tiles)
         bins = max(16, power_of_two(num_experts))
-        common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged}
+        common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
         columns = 8 if bins <= 1024 else 1
         self.launches: list[Plan] = []
         if num_pairs <= RANKED_PAIRS:
@@ -137,20 +140,20 @@ class RoutePlan:
             wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
             grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
             constants = {**common, "WIDE": wide, **blocks}
-            self.launches = [Plan(route_kernels.route_ranked, grid, constants)]
+            self.launches = [Plan(route_kernels.route_ranked, grid, constants, dependent=pdl)]
             return
         self.chunk = 256 if num_pairs <= 65536 else 512
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
         wide = (max_loras + 1) * num_tokens >= 2**31
-        order = {"HAS_ENABLED": flagged, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
-        count = {"BINS": bins, "HAS_MAPPING": mapped, "CHUNK": self.chunk}
+        order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
+        count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(128, 16384 // bins))
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 64, "BLOCK_H": rows, "BLOCK_C": columns}
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 128, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order),
-            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1)),
-            Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1)),
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order, dependent=pdl),
+            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
+            Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1), pdl),
         ]
 
     def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
@@ -365,12 +368,8 @@ class ExpandPlan:
             self.launch(fits, output, shrunk, b, ids, mapping, enabled, weights, *self.sizes)
 
 
-# Rank vectors of a run stay in registers up to this rank.
-MOST_FUSED_RANK = 128
-
-
 class AddPlan:
-    """The launches of one projection: sorted pairs in one, if their rank vectors fit, else a shrink and an expand."""
+    """The two launches of one projection."""
 
     def __init__(
         self,
@@ -384,57 +383,14 @@ class AddPlan:
         schedule: Tensor | None,
         topk_weights: Tensor | None,
         num_slices: int,
-        config: LaunchConfig | None = None,
-        sorts: bool | None = None,
     ) -> None:
         self.num_pairs = topk_ids.numel()
         self.num_experts, self.max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
-        virtual = self.num_experts * self.max_loras
-        self.sorts = routing.lora_sorts(self.num_pairs, virtual) if sorts is None else sorts
-        self.fused: Plan | None = None
-        if self.sorts and num_slices <= 2 and lora_b.shape[3] <= MOST_FUSED_RANK:
-            self._plan_fused(output, hidden_states, lora_a, lora_b, topk_ids, topk_weights, num_slices, config)
-            return
         tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
-        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts, sorts=self.sorts)
+        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts)
         sizes = (self.num_experts, num_slices, self.shrink.split_k)
-        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes, sorts=self.sorts)
+        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes)
         self.shrunk = (self.shrink.split_k, self.num_pairs, lora_a.shape[2])
-
-    def _plan_fused(
-        self,
-        output: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        ids: Tensor,
-        weights: Tensor | None,
-        num_slices: int,
-        config: LaunchConfig | None,
-    ) -> None:
-        rank, columns = b.shape[3], b.shape[2] // num_slices
-        config = config or launch_config("add_runs", self.num_pairs, columns, x.shape[1], x.device)
-        constants: dict[str, Any] = {
-            "STRIDE_X": x.stride(0),
-            **dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True)),
-            "IN": x.shape[1],
-            "SLICE": columns,
-            "NUM_SLICES": num_slices,
-            "RANK": rank,
-            "RANK_POW2": max(16, power_of_two(rank)),
-            "A_SHARED": a.shape[1] == 1 and self.num_experts > 1,
-            "B_SHARED": b.shape[1] == 1 and self.num_experts > 1,
-            "HAS_WEIGHTS": weights is not None,
-            "WINDOW": config.window,
-            "LONGEST": LONGEST_RUN,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        }
-        grid = (-(-self.num_pairs // config.window), 1, 1)
-        self.fused = Plan(add.add_runs, grid, constants, (config.num_warps, config.num_stages))
-        pairs_per_row = max(self.num_pairs // max(x.shape[0], 1), 1)
-        self.sizes = (self.num_pairs, ids.shape[1], pairs_per_row, self.num_experts)
 
     def __call__(
         self,
@@ -449,12 +405,9 @@ class AddPlan:
         weights: Tensor | None,
     ) -> None:
         """Launches."""
-        if self.sorts and schedule is None:
+        if self.shrink.sorts and schedule is None:
             schedule = route(ids, mapping, enabled, self.num_experts, self.max_loras)
         fits = aligned(output, x, a, b)
-        if self.fused is not None:
-            self.fused(fits, output, x, a, b, schedule, ids if weights is None else weights, *self.sizes)
-            return
         shrunk = x.new_empty(self.shrunk, dtype=torch.float32)
         self.shrink(fits, x, a, shrunk, ids, mapping, enabled, schedule)
         self.expand(fits, output, shrunk, b, ids, mapping, enabled, schedule, weights)

@@ -38,15 +38,10 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
             if n <= wide and k <= deep and 1024 <= n * k <= 16384:
                 yield LaunchConfig(1, n, k, warps, 3)
     elif kernel == "shrink_runs":
-        tiles = itertools.product((16, 32, 64), (64, 128, 256), (3, 4), (4, 8), (1, 2, 4))
-        for m, k, stages, warps, windows in tiles:
-            if k <= deep and m * k <= 8192 and warps * 8 <= m + 16:
-                yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, warps, stages, max(4, m // windows))
-    elif kernel == "add_runs":
-        tiles = itertools.product((16, 32, 64), (64, 128, 256), (64, 128, 256), (2, 3, 4), (1, 2, 4))
-        for m, k, n, stages, windows in tiles:
-            if k <= deep and n <= wide and m * k <= 4096 and m * n <= 8192:
-                yield LaunchConfig(m, n, k, 4, stages, max(4, m // windows))
+        tiles = itertools.product((16, 32, 64), (64, 128, 256), (3, 4), (1, 2, 4))
+        for m, k, stages, windows in tiles:
+            if k <= deep and m * k <= 8192:
+                yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, 4, stages, max(4, m // windows))
     elif kernel == "expand_pairs":
         for n, warps in itertools.product((64, 128, 256, 512), (2, 4, 8)):
             if n * deep <= 16384 and n <= wide:
@@ -74,8 +69,7 @@ class Job:
         self.inputs = [p.x if gate_up else p.x.new_ones(pairs, shape.intermediate_size) for p in problems]
         self.schedules = [launch.route(*self._tokens(p), shape.num_experts, self.a.shape[0]) for p in problems]
         rank, width = self.b.shape[3], self.b.shape[2] // self.num_slices
-        shrinks, inner = kernel.startswith("shrink"), self.a.shape[3]
-        self.size = (self.a.shape[2], inner) if shrinks else (width, inner if kernel == "add_runs" else rank)
+        self.size = (self.a.shape[2], self.a.shape[3]) if kernel.startswith("shrink") else (width, rank)
 
     @staticmethod
     def _tokens(problem: Problem) -> tuple[Tensor, Tensor, None]:
@@ -83,8 +77,8 @@ class Job:
 
     def calls(self, config: LaunchConfig, split_k: int) -> list[Callable[[], object]]:
         """One launch for each problem."""
-        makes = {"shrink": self._shrink, "expand": self._expand, "add": self._add}
-        return [makes[self.kernel.split("_")[0]](i, config, split_k) for i in range(len(self.problems))]
+        make = self._shrink if self.kernel.startswith("shrink") else self._expand
+        return [make(i, config, split_k) for i in range(len(self.problems))]
 
     def _shrink(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
         problem, x, schedule = self.problems[i], self.inputs[i], self.schedules[i]
@@ -103,16 +97,6 @@ class Job:
         plan = launch.ExpandPlan(output, self.b, None, None, experts, self.num_slices, split_k, config, self.sorts)
         args = (output, shrunk, self.b, *self._tokens(problem), self.schedules[i], None)
         return lambda: plan(True, *args)
-
-    def _add(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
-        problem = self.problems[i]
-        assert self.a is not None
-        assert self.b is not None
-        output = problem.x.new_zeros(*problem.topk_ids.shape, self.b.shape[2])
-        weights = problem.topk_weights if self.num_slices == 1 else None
-        args = (output, self.inputs[i], self.a, self.b, *self._tokens(problem), self.schedules[i], weights)
-        plan = launch.AddPlan(*args, self.num_slices, config, True)
-        return lambda: plan(*args)
 
 
 def compile_all(job: Job, configs: list[LaunchConfig], splits: list[int]) -> None:
@@ -156,7 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,256,512,1024,4096")
     parser.add_argument("--ranks", type=_numbers, default="16,64")
     parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks,add_runs")
+    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 

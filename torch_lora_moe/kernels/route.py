@@ -8,7 +8,7 @@ a histogram by expert for each chunk of that order, and a stable scatter.
 import triton
 import triton.language as tl
 
-from .common import effective_slots, known_experts
+from .common import effective_slots, known_experts, release_consumer, wait_for_producer
 
 # Where no composite key can be, for pairs of unknown experts.
 NOWHERE = tl.constexpr(2**62)
@@ -96,6 +96,7 @@ def route_ranked(
     TILE_ROWS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
+    PDL: tl.constexpr,
     WIDE: tl.constexpr,
     K_POW2: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -103,6 +104,8 @@ def route_ranked(
     BLOCK_C: tl.constexpr,
 ):
     """One launch: programs that place ``BLOCK_P`` pairs each, then programs that fill ``BLOCK_C`` tile columns each."""
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     rankers = (num_pairs + BLOCK_P - 1) // BLOCK_P
     flat: tl.constexpr = BLOCK_T * K_POW2
     if tl.program_id(0) < rankers:
@@ -145,11 +148,14 @@ def order_tokens(
     num_tokens,
     max_loras,
     HAS_ENABLED: tl.constexpr,
+    PDL: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """First launch of three: tokens by (slot, token), by rank against all others."""
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     there = mine < num_tokens
     slots = effective_slots(mapping, enabled, mine, there, max_loras, True, HAS_ENABLED)
@@ -183,9 +189,12 @@ def count_experts(
     num_experts,
     BINS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
+    PDL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Second launch: the experts in slot order, and how often each occurs in each chunk of it."""
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     mask = index < num_pairs
     pairs = _pairs_in_order(token_order, index, mask, top_k, HAS_MAPPING)
@@ -216,12 +225,15 @@ def scatter_pairs(
     TILE_ROWS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
+    PDL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Third launch: each chunk places its pairs behind those of the chunks before, stable by expert."""
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
     before = tl.zeros([BINS], tl.int32)
