@@ -95,10 +95,13 @@ def _shrink_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
 
 
 def _shrink_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
-    dense = num_pairs > 8192
-    block_k = min(128, max(16, power_of_two(inner)))
-    block_n = min(64, max(16, power_of_two(outer)))
-    return LaunchConfig(64 if dense else 16, block_n, block_k, 4, 3, 32 if dense else 4)
+    block_n, most_k = min(64, max(16, power_of_two(outer))), max(16, power_of_two(inner))
+    if num_pairs <= 8192:
+        return LaunchConfig(16, block_n, min(128, most_k), 4, 3, 4)
+    # long sums amortise a taller tile, short ones are over before it pays
+    if inner >= 2048:
+        return LaunchConfig(64, block_n, 64, 4, 4, 32)
+    return LaunchConfig(32, block_n, min(128, most_k), 4, 4, 16)
 
 
 def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:

@@ -149,7 +149,7 @@ class RoutePlan:
         order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(128, 16384 // bins))
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 128, "BLOCK_H": rows, "BLOCK_C": columns}
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 64, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
             Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order, dependent=pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),

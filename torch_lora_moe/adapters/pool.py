@@ -47,8 +47,9 @@ class AdapterPool:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.layers = dict(layers)
         self.max_loras, self.max_lora_rank = max_loras, max_lora_rank
-        self.dtype, self.device = dtype, torch.device(device)
         self.adapter_enabled = torch.zeros(max_loras, dtype=torch.bool, device=device)
+        # of a tensor, so that it names the GPU where the argument only says cuda
+        self.dtype, self.device = dtype, self.adapter_enabled.device
         self._weights = {name: self._empty_slots(spec) for name, spec in self.layers.items()}
         self._slots: dict[str, int] = {}
 

@@ -7,11 +7,9 @@ with routing of their own for each call, and keeps the fastest. Candidates that 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,22 +97,9 @@ class Job:
         return lambda: plan(True, *args)
 
 
-def compile_all(job: Job, configs: list[LaunchConfig], splits: list[int]) -> None:
-    """Compiles every candidate, several at a time, into Triton's cache."""
-
-    def one(choice: tuple[LaunchConfig, int]) -> None:
-        with contextlib.suppress(OutOfResources):
-            job.calls(*choice)[0]()
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(one, itertools.product(configs, splits)))
-    torch.cuda.synchronize()
-
-
 def tune(job: Job, splits: list[int]) -> list[Measured]:
     """All candidates with their microseconds, fastest first."""
     configs = list(candidates(job.kernel, *job.size))
-    compile_all(job, configs, splits)
     measured = []
     for config, split_k in itertools.product(configs, splits):
         try:
@@ -144,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     shape: Shape = SHAPES[options.shape]
     kernels: dict[str, list[dict[str, Any]]] = {kernel: [] for kernel in options.kernels.split(",")}
     sizes = list(itertools.product(options.ranks, options.tokens))
