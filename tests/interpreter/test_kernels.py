@@ -1,0 +1,112 @@
+"""The Triton kernels on CPU tensors, under the interpreter: every branch at small sizes, fp32 and fp16 (not bf16)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_lora_moe import MoELoRA, cpu, launch, layer, reference, routing
+from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
+
+NAN = float("nan")
+
+
+@pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
+def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    for plans in (launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS):
+        plans.clear()
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
+    return request.param
+
+
+def run(inputs: Inputs) -> Tensor:
+    x, w13, w2, weights, ids, lora, mapping = inputs.args
+    *parts, enabled = lora or (None,) * 5
+    return layer.fused_experts(x, w13, w2, weights, ids, None, *parts, mapping, enabled, **inputs.kwargs)
+
+
+LAYERS = {
+    "gated": Case(),
+    "fp16": Case(dtype=torch.float16, bias=True),
+    "gpt_oss": Case(activation="swigluoai", interleaved=True, transposed=True, bias=True),
+    "plain": Case(is_gated=False, activation="relu2", shared_outer=True),
+    "gelu": Case(num_tokens=5, activation="gelu"),
+    "gelu_tanh": Case(num_tokens=5, activation="gelu_tanh"),
+    "disabled": Case(num_tokens=5, enabled=(False, False, False)),
+    "some_disabled": Case(enabled=(True, False, True), ids_dtype=torch.int32, mapping_dtype=torch.int64),
+    "rank_12": Case(num_tokens=3, rank=12, hidden_size=50),
+    "rank_100": Case(num_tokens=3, rank=100),
+    "one_token": Case(num_tokens=1),
+    "no_tokens": Case(num_tokens=0),
+    "no_lora": Case(adapted=()),
+    "long_runs": Case(num_tokens=40, num_experts=2, mapping=(1,) * 40, odd_ids=False),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
+def test_layer(case: Case, sorts: bool) -> None:
+    inputs = make_inputs(case)
+    check_layer(inputs, run(inputs))
+
+
+@pytest.mark.parametrize("ranked", [True, False], ids=["one_launch", "three_launches"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (17, 2, 6, 3),
+        (40, 3, 7, 2),
+        (5, 8, 128, 8),
+        (1, 8, 128, 8),
+        (0, 2, 6, 3),
+        (60, 6, 300, 4),
+        (33, 1, 1, 2),
+        (70, 8, 16, 300),
+    ],
+    ids=str,
+)
+def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
+    launch._ROUTE_PLANS.clear()
+    tokens, top_k, experts, slots = sizes
+    flags = tuple(slot % 3 != 1 for slot in range(slots))
+    inputs = make_inputs(Case(tokens, top_k, experts, slots, rank=1, hidden_size=2, intermediate_size=2, enabled=flags))
+    assert inputs.lora is not None
+    for mapping, enabled in ((inputs.token_lora_mapping, inputs.lora.adapter_enabled), (None, None)):
+        args = (inputs.topk_ids, mapping, enabled, experts, slots)
+        assert torch.equal(launch.route(*args), cpu.route(*args))
+    launch._ROUTE_PLANS.clear()
+
+
+def test_ids_beyond_int32_do_not_wrap() -> None:
+    """An int64 id whose low half looks valid is still out of range."""
+    ids, mapping = torch.tensor([[2**32, 1], [1, 2**33 + 1]]), torch.tensor([2**32, 0])
+    launch._ROUTE_PLANS.clear()
+    assert torch.equal(launch.route(ids, mapping, None, 4, 2), cpu.route(ids, mapping, None, 4, 2))
+
+
+@pytest.mark.parametrize("split_k", [1, 3, 64])
+def test_split_k(split_k: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(hidden_size=70))
+    assert inputs.lora is not None
+    args = (inputs.hidden_states, inputs.lora.gate_up_a, inputs.topk_ids, inputs.token_lora_mapping, None, None, 6)
+    planes = launch.lora_shrink(*args, split_k)
+    assert planes.shape[0] == split_k
+    exact, low = (reference.lora_shrink(*args[:3], inputs.slots, 6, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_budget(planes.sum(0), exact, low, torch.float32)
+
+
+def test_skipped_parts_are_never_read(sorts: bool) -> None:
+    inputs = make_inputs(Case(num_tokens=5, max_loras=4, mapping=(0, 2, 7, -1, 2), enabled=(True, True, False, True)))
+    inputs.topk_ids[3] = -1
+    assert inputs.lora is not None
+    expected = run(inputs)
+    parts = [part.clone() for part in inputs.lora[:4] if part is not None]
+    for part in parts:
+        part[1:] = NAN
+    hidden = inputs.hidden_states.clone()
+    hidden[3] = NAN
+    lora = MoELoRA(*parts, inputs.lora.adapter_enabled)
+    assert torch.equal(run(dataclasses.replace(inputs, hidden_states=hidden, lora=lora)), expected)
