@@ -51,11 +51,11 @@ def changes(layer: Layer) -> list[Callable[[], object]]:
     ]
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 400, 1500])
-@pytest.mark.parametrize("function", [fused, hooked])
+# the plain layer around the hooks gathers a weight for every pair, too much memory for 1,500 tokens
+@pytest.mark.parametrize(
+    ("function", "tokens"), [*((fused, n) for n in (1, 9, 400, 1500)), *((hooked, n) for n in (1, 9, 400))]
+)
 def test_captured_by_hand(function: Callable[[Layer], Tensor], tokens: int) -> None:
-    if function is hooked and tokens > 400:
-        pytest.skip("the plain layer around the hooks gathers a weight for every pair")
     layer = make_layer(tokens, odd_ids=False)
     function(layer)
     torch.cuda.synchronize()
