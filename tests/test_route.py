@@ -14,7 +14,8 @@ from torch_lora_moe.testing import Case, Inputs, make_inputs
 def oracle(inputs: Inputs) -> torch.Tensor:
     case, pairs = inputs.case, inputs.topk_ids.numel()
     tile_rows = routing.expert_tile_rows(pairs, case.num_experts)
-    return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, tile_rows)
+    run_rows = routing.RUN_ROWS if routing.lora_sorts(pairs, case.num_experts * case.max_loras) else 0
+    return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, tile_rows, run_rows)
 
 
 def routed(inputs: Inputs) -> torch.Tensor:
@@ -31,11 +32,19 @@ def test_variants(variant: Case) -> None:
 
 
 def test_groups_of_many_tiles() -> None:
-    inputs = make_inputs(Case(num_tokens=400, num_experts=3, max_loras=8, mapping=(1,) * 400))
+    inputs = make_inputs(Case(num_tokens=1200, num_experts=3, max_loras=8, mapping=(1,) * 1200))
     schedule = routed(inputs)
     assert torch.equal(schedule, oracle(inputs))
     ids = schedule[routing.EXPERT_TILE_IDS, :-1]
     assert (ids >= 0).sum() > ids[ids >= 0].unique().numel()
+    runs = schedule[routing.LORA_RUN_ROWS]
+    assert runs[-1] > 3, "long runs are cut"
+    assert runs[:-1].max() == routing.RUN_ROWS
+
+
+def test_runs_are_left_out_where_nobody_reads_them() -> None:
+    inputs = make_inputs(Case(num_tokens=9, num_experts=8, max_loras=8, odd_ids=False))
+    assert routed(inputs)[routing.LORA_RUN_IDS].tolist() == [-1] * inputs.topk_ids.numel() + [0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,10 +80,13 @@ def test_no_mapping_means_no_adapter() -> None:
     assert (torch.ops.lora_moe.route(*args, 0)[routing.SORTED_VIRTUAL_IDS, :-1] == -1).all()
 
 
-def test_worked_example_of_the_docstring() -> None:
+def test_worked_example_of_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: True)
     topk_ids, mapping = torch.tensor([[1], [0], [1], [1]]), torch.tensor([0, -1, -1, 0])
     rows = [
-        line.split() for line in (routing.__doc__ or "").splitlines() if line.strip().startswith(("SORTED", "EXPERT"))
+        line.split()
+        for line in (routing.__doc__ or "").splitlines()
+        if line.strip().startswith(("SORTED", "EXPERT_T", "LORA"))
     ]
     expected = [[*map(int, row[1:5]), int(row[6])] for row in rows]
     assert torch.ops.lora_moe.route(topk_ids, mapping, None, 2, 1).tolist() == expected

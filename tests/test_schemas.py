@@ -92,5 +92,5 @@ lora_moe.fused_experts.default <- l_x_, l_self_w13, l_self_w2, weights, ids, sch
             """\
 lora_moe.route.default <- ids, l_token_lora_mapping_
 lora_moe.lora_add_.default <- cache1, l_x_, l_self_lora_gate_up_a, l_self_lora_gate_up_b, ids, l_token_lora_mapping_, schedule
-lora_moe.lora_add_.default <- cache3, value, l_self_lora_down_a, l_self_lora_down_b, ids, l_token_lora_mapping_, schedule, weights""",
+lora_moe.lora_add_.default <- cache3, flatten, l_self_lora_down_a, l_self_lora_down_b, ids, l_token_lora_mapping_, schedule, weights""",
         )

@@ -155,99 +155,22 @@ def virtual_experts_lora_add(
     """
     weights = topk_weights if mul_routed_weight else None
     tokens = (topk_ids, token_lora_mapping, adapter_enabled)
-    whole = all(isinstance(value, Tensor) for value in (output, hidden_states, lora_a, lora_b, topk_ids))
-    if not whole or (mul_routed_weight and weights is None):
+    try:
+        num_experts, max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
+        sorts = routing.lora_needs_schedule(topk_ids.numel(), num_experts * max_loras, output.device.type)
+    except (AttributeError, IndexError):
+        # not the tensors that they should be: the check says which
+        checks.check_lora_add(output, hidden_states, lora_a, lora_b, *tokens, None, weights, num_slices)
+        raise
+    if mul_routed_weight and weights is None:
         checks.check_lora_add(output, hidden_states, lora_a, lora_b, *tokens, None, weights, num_slices)
         raise TypeError("topk_weights: got NoneType, expected a tensor (mul_routed_weight is set)")
     schedule = None
-    num_experts, max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
-    if routing.lora_needs_schedule(topk_ids.numel(), num_experts * max_loras, output.device.type):
+    if sorts:
         if routing_cache is None or "schedule" not in routing_cache:
             checks.check_lora_add(output, hidden_states, lora_a, lora_b, *tokens, None, weights, num_slices)
         schedule = routing.cached_schedule(routing_cache, ops.route, *tokens, num_experts, max_loras)
     ops.lora_add_(output, hidden_states, lora_a, lora_b, *tokens, schedule, weights, num_slices)
-
-
-class LoRAHooks:
-    """Adds LoRA to a MoE backend that is not ours, between its two GEMMs; made by `build_lora_hooks`."""
-
-    def __init__(
-        self,
-        lora: MoELoRA,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        token_lora_mapping: Tensor,
-        mul_routed_weight: bool = True,
-    ) -> None:
-        self.lora = lora
-        self.topk_ids = topk_ids
-        self.topk_weights = topk_weights
-        self.token_lora_mapping = token_lora_mapping
-        self.mul_routed_weight = mul_routed_weight
-        self.routing_cache: RoutingCache = {}
-
-    def after_gate_up(self, hidden_states: Tensor, gate_up_output: Tensor) -> None:
-        """Adds the gate_up delta; call it after the first GEMM, before the activation.
-
-        Args:
-            hidden_states: ``[M, H]`` or ``[M * K, H]``, the unquantized input of the layer.
-            gate_up_output: ``[M, K, G * I]`` or ``[M * K, G * I]``, gate columns first, changed in place.
-        """
-        a, b = self.lora.gate_up_a, self.lora.gate_up_b
-        if a is not None and b is not None:
-            self._add(hidden_states, gate_up_output, a, b, max(a.shape[-2] // max(b.shape[-1], 1), 1), False)
-
-    def after_down(self, intermediate: Tensor, down_output: Tensor) -> None:
-        """Adds the down delta; call it after the second GEMM, before the sum over experts.
-
-        Args:
-            intermediate: ``[M * K, I]``, the unquantized activations.
-            down_output: ``[M, K, H]`` or ``[M * K, H]``, changed in place. It must already carry the router weight if
-                the hooks were built with ``mul_routed_weight`` (the default).
-        """
-        a, b = self.lora.down_a, self.lora.down_b
-        if a is not None and b is not None:
-            self._add(intermediate, down_output, a, b, 1, self.mul_routed_weight)
-
-    def _add(self, x: Tensor, output: Tensor, a: Tensor, b: Tensor, num_slices: int, weighted: bool) -> None:
-        if output.dim() == 2:
-            output = output.unflatten(0, self.topk_ids.shape)
-        virtual_experts_lora_add(
-            output,
-            x,
-            a,
-            b,
-            self.topk_ids,
-            self.topk_weights,
-            self.token_lora_mapping,
-            mul_routed_weight=weighted,
-            adapter_enabled=self.lora.adapter_enabled,
-            num_slices=num_slices,
-            routing_cache=self.routing_cache,
-        )
-
-
-def build_lora_hooks(
-    lora: MoELoRA,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    token_lora_mapping: Tensor,
-    *,
-    mul_routed_weight: bool = True,
-) -> LoRAHooks:
-    """Hooks that inject LoRA into any MoE backend (quantized ones too), for one layer call.
-
-    Args:
-        lora: adapter weights of the layer.
-        topk_ids: ``[M, K]`` int32 or int64 expert ids.
-        topk_weights: ``[M, K]`` router weights.
-        token_lora_mapping: ``[M]`` int32 or int64 adapter slot of each token; outside ``[0, L)`` means no adapter.
-        mul_routed_weight: the backend's second GEMM multiplies by the router weight, so the down delta must too.
-
-    Returns:
-        an object with ``after_gate_up(x, cache1)`` and ``after_down(h, cache3)``; both share one schedule.
-    """
-    return LoRAHooks(lora, topk_ids, topk_weights, token_lora_mapping, mul_routed_weight)
 
 
 def token_lora_mapping_from_segments(seg_indptr: Tensor, req_to_lora: Tensor, num_tokens: int) -> Tensor:

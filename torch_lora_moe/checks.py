@@ -11,6 +11,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from torch_lora_moe import routing
+
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swigluoai")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IDS = (torch.int32, torch.int64)
@@ -217,7 +219,9 @@ def _router_weights(topk_weights: Tensor | None, num_tokens: int, top_k: int, de
 def check_schedule(schedule: Tensor, num_pairs: int, device: torch.device) -> None:
     """Checks that ``schedule`` is one of ``lora_moe::route`` for ``num_pairs`` pairs."""
     _tensor("schedule", schedule, 2, (torch.int32,), device)
-    _shape("schedule", schedule, (5, num_pairs + 1), "[5, pairs + 1]")
+    _shape(
+        "schedule", schedule, (routing.NUM_SCHEDULE_ROWS, num_pairs + 1), f"[{routing.NUM_SCHEDULE_ROWS}, pairs + 1]"
+    )
     _contiguous("schedule", schedule)
 
 

@@ -22,8 +22,7 @@ class LaunchConfig:
     """Tile sizes and warps of one launch.
 
     ``block_m`` pairs, ``block_n`` output columns or rows of A, ``block_k`` columns of the summed dimension; a kernel
-    that has no such dimension ignores its size. More stages keep more loads in flight, more warps share a tile. A
-    program takes the runs that start among ``window`` sorted pairs: small windows spread short runs over the GPU.
+    that has no such dimension ignores its size. More stages keep more loads in flight, more warps share a tile.
     """
 
     block_m: int
@@ -31,14 +30,13 @@ class LaunchConfig:
     block_k: int
     num_warps: int
     num_stages: int
-    window: int = 1
 
 
 def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: torch.device) -> LaunchConfig:
     """The configuration of ``kernel`` for ``num_pairs`` pairs.
 
     Args:
-        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_blocks``.
+        kernel: ``shrink_pairs``, ``shrink_runs``, ``expand_pairs`` or ``expand_runs``.
         num_pairs: pairs of the batch.
         outer: rows of A (all slices) for a shrink, output columns of one slice for an expand.
         inner: input features for a shrink, rank for an expand.
@@ -97,27 +95,24 @@ def _shrink_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
 def _shrink_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     block_n, most_k = min(64, max(16, power_of_two(outer))), max(16, power_of_two(inner))
     if num_pairs <= 8192:
-        return LaunchConfig(16, block_n, min(128, most_k), 4, 3, 4)
-    # long sums amortise a taller tile, short ones are over before it pays
-    if inner >= 2048:
-        return LaunchConfig(64, block_n, 64, 4, 4, 32)
-    return LaunchConfig(32, block_n, min(128, most_k), 4, 4, 16)
+        return LaunchConfig(16, block_n, min(128, most_k), 2, 4)
+    return LaunchConfig(64, block_n, min(64, most_k), 4, 3)
 
 
 def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     return LaunchConfig(1, min(256 if inner <= 32 else 64, max(16, power_of_two(outer))), 0, 4, 1)
 
 
-def _expand_blocks(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
+def _expand_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     block_n, block_k = min(128, max(16, power_of_two(outer))), min(64, max(16, power_of_two(inner)))
-    return LaunchConfig(16 if num_pairs <= 8192 else 32, block_n, block_k, 4, 2)
+    return LaunchConfig(16, block_n, block_k, 2, 1)
 
 
 HEURISTICS = {
     "shrink_pairs": _shrink_pairs,
     "shrink_runs": _shrink_runs,
     "expand_pairs": _expand_pairs,
-    "expand_blocks": _expand_blocks,
+    "expand_runs": _expand_runs,
 }
 
 

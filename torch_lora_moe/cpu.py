@@ -51,9 +51,12 @@ def route(
     experts, slots = experts[order], slots[order]
 
     _put(schedule[routing.SORTED_TOKEN_IDS], order)
-    _put(schedule[routing.SORTED_VIRTUAL_IDS], torch.where(slots >= 0, slots * num_experts + experts, -1))
+    virtual = torch.where(slots >= 0, slots * num_experts + experts, -1)
+    _put(schedule[routing.SORTED_VIRTUAL_IDS], virtual)
     tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
     _put_tiles(schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1], experts, tile_rows)
+    if routing.lora_sorts(num_pairs, num_experts * max_loras):
+        _put_runs(schedule[routing.LORA_RUN_IDS : routing.LORA_RUN_ROWS + 1], virtual)
     return schedule
 
 
@@ -82,6 +85,19 @@ def _put_tiles(rows: Tensor, groups: Tensor, height: int) -> None:
     _put(rows[0], ids[group])
     _put(rows[1], starts[group] + offset)
     _put(rows[2], (counts[group] - offset).clamp(max=height))
+
+
+def _put_runs(rows: Tensor, virtual: Tensor) -> None:
+    """Writes the ids, starts and row counts of the runs of adapted rows."""
+    row = torch.arange(virtual.numel())
+    first = (row % routing.RUN_ROWS == 0) | (virtual != virtual.roll(1))
+    last = first.roll(-1)
+    if last.numel():
+        last[-1] = True
+    starts, ends = (first & (virtual >= 0)).nonzero().squeeze(1), (last & (virtual >= 0)).nonzero().squeeze(1)
+    _put(rows[0], virtual[starts])
+    _put(rows[1], starts)
+    _put(rows[2], ends - starts + 1)
 
 
 def lora_shrink(
@@ -178,7 +194,8 @@ def fused_experts(call: FusedArguments) -> Tensor:
 
 def _expert_groups(schedule: Tensor) -> tuple[Tensor, list[Group]]:
     """The sorted pairs and their groups by expert."""
-    ids, starts, rows = schedule[routing.EXPERT_TILE_IDS :, : int(schedule[routing.EXPERT_TILE_IDS, -1])].tolist()
+    tiles = schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1]
+    ids, starts, rows = tiles[:, : int(tiles[0, -1])].tolist()
     groups: list[Group] = []
     for expert, start, count in zip(ids, starts, rows, strict=True):
         if groups and groups[-1].weight == expert:  # tiles of one expert are joined again

@@ -22,14 +22,17 @@ from torch_lora_moe.kernels import route as route_kernels
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
 MAX_PLANS = 4096
-# A run of pairs of one virtual expert is cut at multiples of this, so that one of them cannot hold up the rest.
-LONGEST_RUN = 256
+# Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
+MOST_RUN_PROGRAMS = 2048
 # Above this many pairs ranking every pair against all others costs more than two more launches.
 RANKED_PAIRS = 4096
 
 
 class Plan:
-    """One kernel with its grid and constants; the compiled kernel is kept after the first launch."""
+    """One kernel with its grid and constants; the compiled kernel is kept after the first launch.
+
+    The first ``aligned`` arguments are tensors whose data a compiled kernel expects at multiples of 16 bytes.
+    """
 
     def __init__(
         self,
@@ -38,19 +41,26 @@ class Plan:
         constants: dict[str, Any],
         config: tuple[int, int] = (4, 1),
         dependent: bool = False,
+        aligned: int = 0,
     ) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, tuple(constants.values())
         self.options: dict[str, Any] = {"num_warps": config[0], "num_stages": config[1]}
         if dependent:
             self.options["launch_pdl"] = True
+        self.aligned = aligned
         self.compiled: Any = None
 
-    def __call__(self, is_aligned: bool, *args: Any) -> None:
-        """Launches on the current stream; ``is_aligned``: all pointers are multiples of 16, as compiled for."""
+    def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
+        """Launches on the current stream: ``tensors`` are the kernel's first arguments, ``sizes`` the next."""
+        # a launch from addresses spares Triton two calls for each tensor
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        bits = 0
+        for pointer in pointers[: self.aligned]:
+            bits |= pointer
         compiled = self.compiled
-        if compiled is None or not is_aligned or _profiled():
-            compiled = self.kernel[self.grid](*args, *self.constants, **self.options)
-            if is_aligned:
+        if compiled is None or bits % 16 or _profiled():
+            compiled = self.kernel[self.grid](*tensors, *sizes, *self.constants, **self.options)
+            if not bits % 16:
                 self.compiled = compiled
             return
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
@@ -63,7 +73,8 @@ class Plan:
             None,
             None,
             None,
-            *args,
+            *pointers,
+            *sizes,
             *self.constants,
         )
 
@@ -117,7 +128,7 @@ def route(
 
 
 class RoutePlan:
-    """The launches of a route: one up to `RANKED_PAIRS` pairs, else three (two without a mapping)."""
+    """The launches of a route: one up to `RANKED_PAIRS` pairs, else three (two without a mapping), and one for runs."""
 
     def __init__(
         self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool, pdl: bool
@@ -133,6 +144,11 @@ class RoutePlan:
         common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
         columns = 8 if bins <= 1024 else 1
         self.launches: list[Plan] = []
+        self.cut: Plan | None = None
+        if mapped and routing.lora_sorts(num_pairs, num_experts * max_loras):
+            chunk = 1024 if num_pairs <= 65536 else 4096
+            runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": 8192, "PDL": pdl}
+            self.cut = Plan(route_kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, (8, 1), pdl)
         if num_pairs <= RANKED_PAIRS:
             ks = power_of_two(top_k)
             tokens = min(1024, max(64, power_of_two(num_pairs))) // ks
@@ -148,12 +164,14 @@ class RoutePlan:
         wide = (max_loras + 1) * num_tokens >= 2**31
         order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
-        rows = max(1, min(128, 16384 // bins))
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 64, "BLOCK_H": rows, "BLOCK_C": columns}
+        rows = max(1, min(64, 8192 // bins))
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
             Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order, dependent=pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
-            Plan(route_kernels.scatter_pairs, (self.num_chunks, 1, 1), scatter, (8, 1), pdl),
+            Plan(
+                route_kernels.scatter_pairs, (self.num_chunks + -(-most_tiles // columns), 1, 1), scatter, (4, 1), pdl
+            ),
         ]
 
     def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
@@ -163,19 +181,24 @@ class RoutePlan:
             return schedule.zero_()
         mapping = topk_ids if mapping is None else mapping
         enabled = topk_ids if enabled is None else enabled
-        fits = True  # no kernel of a route looks at more than one element at a time
         if len(self.launches) == 1:
-            self.launches[0](fits, topk_ids, mapping, enabled, schedule, self.num_tokens, *self.sizes)
-            return schedule
+            self.launches[0]((topk_ids, mapping, enabled, schedule), self.num_tokens, *self.sizes)
+        else:
+            self._scatter(topk_ids, mapping, enabled, schedule)
+        if self.cut is not None:
+            self.cut((schedule,), self.num_pairs)
+        return schedule
+
+    def _scatter(self, topk_ids: Tensor, mapping: Tensor, enabled: Tensor, schedule: Tensor) -> None:
         order = topk_ids.new_empty(-(-self.num_tokens // 4) * 4, dtype=torch.int32)
         experts = topk_ids.new_empty(self.num_pairs, dtype=torch.int32)
         histograms = topk_ids.new_empty(self.num_chunks * self.bins, dtype=torch.int32)
         rank, count, scatter = self.launches
         if self.mapped:
-            rank(fits, mapping, enabled, order, self.num_tokens, self.max_loras)
-        count(fits, topk_ids, order, experts, histograms, self.num_pairs, self.top_k, self.num_experts)
-        scatter(fits, mapping, enabled, order, experts, histograms, schedule, *self.sizes, self.num_chunks)
-        return schedule
+            rank((mapping, enabled, order), self.num_tokens, self.max_loras)
+        count((topk_ids, order, experts, histograms), self.num_pairs, self.top_k, self.num_experts)
+        tensors = (mapping, enabled, order, experts, histograms, schedule)
+        scatter(tensors, *self.sizes, self.num_chunks)
 
 
 _SHRINK_PLANS: dict[Any, Any] = {}
@@ -204,21 +227,17 @@ def lora_shrink(
     if topk_ids.numel():
         if plan.sorts and schedule is None:
             schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
-        fits = aligned(hidden_states, lora_a, out)
-        plan(fits, hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
+        plan(hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
     return out
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether all data starts at multiples of 16 bytes, which a compiled kernel was promised."""
-    pointers = 0
-    for tensor in tensors:
-        pointers |= tensor.data_ptr()
-    return pointers % 16 == 0
+def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
+    """Programs for the runs of a batch: one each for as many as there can be, up to `MOST_RUN_PROGRAMS`."""
+    return min(num_pairs, -(-num_pairs // routing.RUN_ROWS) + num_virtual_experts, MOST_RUN_PROGRAMS)
 
 
 class ShrinkPlan:
-    """The launch of a shrink; ``sorts`` says whether it reads a schedule."""
+    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed."""
 
     def __init__(
         self,
@@ -232,6 +251,7 @@ class ShrinkPlan:
         split_k: int | None = None,
         config: LaunchConfig | None = None,
         sorts: bool | None = None,
+        clear: bool = True,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
@@ -250,17 +270,16 @@ class ShrinkPlan:
             "HAS_ENABLED": adapter_enabled is not None,
         }
         if self.sorts:
-            constants |= {"WINDOW": config.window, "LONGEST": LONGEST_RUN, "BLOCK_M": config.block_m}
+            constants |= {"CLEAR": clear, "BLOCK_M": config.block_m}
         constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
-        first = -(-num_pairs // config.window) if self.sorts else num_pairs
+        first = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         grid = (first, -(-rows // config.block_n), self.split_k)
-        self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+        self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)
         pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
         self.sizes = (num_pairs, top_k, pairs_per_row, num_experts, max_loras)
 
     def __call__(
         self,
-        fits: bool,
         x: Tensor,
         a: Tensor,
         out: Tensor,
@@ -271,10 +290,10 @@ class ShrinkPlan:
     ) -> None:
         """Launches."""
         enabled = ids if enabled is None else enabled
-        if self.sorts:
-            self.launch(fits, x, a, out, ids, mapping, enabled, schedule, *self.sizes)
+        if self.sorts and schedule is not None:
+            self.launch((x, a, out, ids, mapping, enabled, schedule), *self.sizes)
         else:
-            self.launch(fits, x, a, out, ids, mapping, enabled, *self.sizes)
+            self.launch((x, a, out, ids, mapping, enabled), *self.sizes)
 
 
 _EXPAND_PLANS: dict[Any, Any] = {}
@@ -304,12 +323,11 @@ def lora_expand_add_(
     if topk_ids.numel():
         if plan.sorts and schedule is None:
             schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
-        fits = aligned(output, shrunk, lora_b)
-        plan(fits, output, shrunk, lora_b, topk_ids, token_lora_mapping, adapter_enabled, schedule, topk_weights)
+        plan(output, shrunk, lora_b, topk_ids, token_lora_mapping, adapter_enabled, schedule, topk_weights)
 
 
 class ExpandPlan:
-    """The launch of an expand; ``sorts`` says whether it reads a schedule."""
+    """The launch of an expand; ``sorts``: whether it reads a schedule, ``behind_shrink``: its shrink goes first."""
 
     def __init__(
         self,
@@ -322,34 +340,37 @@ class ExpandPlan:
         num_planes: int,
         config: LaunchConfig | None = None,
         sorts: bool | None = None,
+        behind_shrink: bool = False,
     ) -> None:
         num_tokens, top_k, out_features = output.shape
         num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
         self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
-        kernel = "expand_blocks" if self.sorts else "expand_pairs"
+        kernel = "expand_runs" if self.sorts else "expand_pairs"
         columns = out_features // num_slices
         config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
         pdl = has_dependent_launch(output.device)
         strides = dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True))
-        shape: dict[str, Any] = {**strides, "SLICE": columns, "NUM_SLICES": num_slices, "RANK": rank}
+        shape: dict[str, Any] = {"SLICE": columns, "NUM_SLICES": num_slices, "RANK": rank}
         variant: dict[str, Any] = {"SHARED": experts == 1 and num_experts > 1}
-        weighted = {"HAS_WEIGHTS": topk_weights is not None}
+        weighted, behind = {"HAS_WEIGHTS": topk_weights is not None}, {"BEHIND_SHRINK": behind_shrink}
+        even = num_tokens <= 1 or output.stride(0) == top_k * output.stride(1)
         if self.sorts:
             blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_k, "PDL": pdl}
-            constants = {**shape, **variant, **weighted, **blocks}
-            self.sizes: tuple[int, ...] = (num_pairs, top_k, num_experts, num_planes)
+            shape = {**strides, "EVEN_ROWS": even, **shape, "NUM_PLANES": num_planes}
+            constants = {**shape, **variant, **weighted, **behind, **blocks}
+            self.sizes: tuple[int, ...] = (num_pairs, top_k, num_experts)
+            first = run_programs(num_pairs, num_experts * max_loras)
         else:
-            shape["RANK_POW2"] = power_of_two(rank)
+            shape = {**strides, **shape, "RANK_POW2": power_of_two(rank)}
             variant["HAS_ENABLED"] = adapter_enabled is not None
-            constants = {**shape, **variant, **weighted, "BLOCK_N": config.block_n, "PDL": pdl}
+            constants = {**shape, **variant, **weighted, **behind, "BLOCK_N": config.block_n, "PDL": pdl}
             self.sizes = (num_pairs, top_k, num_experts, max_loras, num_planes)
-        first = -(-num_pairs // config.block_m) if self.sorts else num_pairs
+            first = num_pairs
         grid = (first, num_slices * -(-columns // config.block_n), 1)
-        self.launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl)
+        self.launch = Plan(getattr(expand, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)
 
     def __call__(
         self,
-        fits: bool,
         output: Tensor,
         shrunk: Tensor,
         b: Tensor,
@@ -361,11 +382,11 @@ class ExpandPlan:
     ) -> None:
         """Launches."""
         weights = ids if weights is None else weights
-        if self.sorts:
-            self.launch(fits, output, shrunk, b, schedule, weights, *self.sizes)
+        if self.sorts and schedule is not None:
+            self.launch((output, shrunk, b, schedule, weights), *self.sizes)
         else:
             enabled = ids if enabled is None else enabled
-            self.launch(fits, output, shrunk, b, ids, mapping, enabled, weights, *self.sizes)
+            self.launch((output, shrunk, b, ids, mapping, enabled, weights), *self.sizes)
 
 
 class AddPlan:
@@ -387,9 +408,9 @@ class AddPlan:
         self.num_pairs = topk_ids.numel()
         self.num_experts, self.max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
         tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
-        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts)
+        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts, clear=False)
         sizes = (self.num_experts, num_slices, self.shrink.split_k)
-        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes)
+        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes, behind_shrink=True)
         self.shrunk = (self.shrink.split_k, self.num_pairs, lora_a.shape[2])
 
     def __call__(
@@ -407,10 +428,9 @@ class AddPlan:
         """Launches."""
         if self.shrink.sorts and schedule is None:
             schedule = route(ids, mapping, enabled, self.num_experts, self.max_loras)
-        fits = aligned(output, x, a, b)
         shrunk = x.new_empty(self.shrunk, dtype=torch.float32)
-        self.shrink(fits, x, a, shrunk, ids, mapping, enabled, schedule)
-        self.expand(fits, output, shrunk, b, ids, mapping, enabled, schedule, weights)
+        self.shrink(x, a, shrunk, ids, mapping, enabled, schedule)
+        self.expand(output, shrunk, b, ids, mapping, enabled, schedule, weights)
 
 
 _ADD_PLANS: dict[Any, AddPlan] = {}

@@ -9,7 +9,7 @@ from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import FusedArguments, like
 from torch_lora_moe.config import power_of_two
 from torch_lora_moe.kernels import experts as kernels
-from torch_lora_moe.launch import Plan, aligned, lora_add_, on_device, remember, route
+from torch_lora_moe.launch import Plan, lora_add_, on_device, remember, route
 
 _PLANS: dict[object, LayerPlan] = {}
 
@@ -27,10 +27,10 @@ class LayerPlan:
         self.down = self._gemm(call.w2, inner, call.w2_bias, False, True)
         block = min(1024, max(16, power_of_two(inner)))
         act = {"SIZE": inner, "IS_GATED": call.is_gated, "ACTIVATION": call.activation, "BLOCK": block}
-        self.act = Plan(kernels.activate_rows, (num_pairs, -(-inner // block), 1), act)
+        self.act = Plan(kernels.activate_rows, (num_pairs, -(-inner // block), 1), act, aligned=2)
         block = min(1024, max(16, power_of_two(hidden)))
         grid = (self.num_tokens, -(-hidden // block), 1)
-        self.sum = Plan(kernels.sum_pairs, grid, {"SIZE": hidden, "BLOCK": block})
+        self.sum = Plan(kernels.sum_pairs, grid, {"SIZE": hidden, "BLOCK": block}, aligned=3)
 
     def _gemm(self, w: Tensor, x_stride: int, bias: Tensor | None, interleaved: bool, weighted: bool) -> Plan:
         _, out_features, in_features = w.shape
@@ -51,7 +51,8 @@ class LayerPlan:
         }
         tiles = min(self.num_pairs, self.num_pairs // rows + self.num_experts)
         wide = w.element_size() == 4
-        return Plan(kernels.expert_gemm, (-(-out_features // block_n), tiles, 1), constants, (4, 2 if wide else 4))
+        grid = (-(-out_features // block_n), tiles, 1)
+        return Plan(kernels.expert_gemm, grid, constants, (4, 2 if wide else 4), aligned=6)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
@@ -66,13 +67,13 @@ class LayerPlan:
         self._run_gemm(self.gate_up, x, call.w13, call.w13_bias, gate_up, schedule, call.topk_weights, self.top_k)
         self._add_lora(call, x, gate_up, call.gate_up_a, call.gate_up_b, schedule, call.num_slices)
         h = x.new_empty(self.num_pairs, call.w2.shape[2])
-        self.act(aligned(gate_up, h), gate_up, h, call.swiglu_alpha, call.swiglu_limit)
+        self.act((gate_up, h), call.swiglu_alpha, call.swiglu_limit)
         y = x.new_empty(self.num_pairs, call.w2.shape[1])
         self._run_gemm(self.down, h, call.w2, call.w2_bias, y, schedule, call.topk_weights, 1)
         self._add_lora(call, h, y, call.down_a, call.down_b, schedule, 1)
         out = x.new_empty(x.shape)
         sizes = (call.routed_scaling_factor, self.top_k, self.num_experts)
-        self.sum(aligned(y, ids, out), y, ids, out, *sizes)
+        self.sum((y, ids, out), *sizes)
         return out
 
     def _run_gemm(
@@ -86,8 +87,7 @@ class LayerPlan:
         weights: Tensor,
         pairs_per_row: int,
     ) -> None:
-        args = (x, w, w if bias is None else bias, out, schedule, weights)
-        plan(aligned(*args), *args, self.num_pairs, pairs_per_row)
+        plan((x, w, w if bias is None else bias, out, schedule, weights), self.num_pairs, pairs_per_row)
 
     def _add_lora(
         self,

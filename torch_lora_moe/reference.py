@@ -27,12 +27,13 @@ def effective_slots(
     return [slot if 0 <= slot < max_loras and enabled[slot] else -1 for slot in token_lora_mapping.tolist()]
 
 
-def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int) -> Tensor:
-    """The schedule of ``lora_moe::route``: int32 ``[5, P + 1]``, rows as ``routing`` names them.
+def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int, run_rows: int) -> Tensor:
+    """The schedule of ``lora_moe::route``: int32 ``[8, P + 1]``, rows as ``routing`` names them.
 
     Pairs are ordered by (expert, slot), the slot -1 first, equal pairs in their own order; pairs of an expert outside
     ``[0, num_experts)`` are left out. A tile is a run of at most ``tile_rows`` neighbours of one expert, cut from the
-    start of its group. Unused entries are -1; the last column counts the used ones.
+    start of its group. A run is neighbours of one virtual expert, cut at the order's multiples of ``run_rows`` (0: no
+    runs at all). Unused entries are -1; the last column counts the used ones.
     """
     top_k, num_pairs = topk_ids.shape[1], topk_ids.numel()
     experts = topk_ids.reshape(-1).tolist()
@@ -42,9 +43,11 @@ def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int) 
     )
     virtual = [slots[p // top_k] * num_experts + experts[p] if slots[p // top_k] >= 0 else -1 for p in order]
     tiles = _tiles([experts[p] for p in order], tile_rows)
+    runs = _runs(virtual, run_rows) if run_rows else []
 
-    schedule = torch.full((5, num_pairs + 1), -1, dtype=torch.int32)
-    for i, row in enumerate([order, virtual, *([tile[part] for tile in tiles] for part in range(3))]):
+    schedule = torch.full((8, num_pairs + 1), -1, dtype=torch.int32)
+    tables = [[entry[part] for entry in table] for table in (tiles, runs) for part in range(3)]
+    for i, row in enumerate([order, virtual, *tables]):
         schedule[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
         schedule[i, num_pairs] = len(row)
     return schedule
@@ -59,6 +62,19 @@ def _tiles(groups: list[int], height: int) -> list[tuple[int, int, int]]:
         else:
             tiles.append((group, row, 1))
     return tiles
+
+
+def _runs(virtual: list[int], height: int) -> list[tuple[int, int, int]]:
+    """(virtual expert, first row, rows) of each run of the adapted rows, cut at multiples of ``height``."""
+    runs: list[tuple[int, int, int]] = []
+    for row, group in enumerate(virtual):
+        if group < 0:
+            continue
+        if runs and runs[-1][0] == group and row % height:
+            runs[-1] = (group, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((group, row, 1))
+    return runs
 
 
 def lora_shrink(

@@ -1,7 +1,8 @@
 """The schedule that ``lora_moe::route`` makes: its layout, its tile height, and the cache a layer call keeps it in.
 
 One order of the pairs, by (expert, slot), serves the base layer and LoRA alike: the rows of an expert are neighbours,
-and within them the rows of an adapter slot. Nothing is padded. A table cuts the order into tiles of one expert each.
+and within them the rows of an adapter slot. Nothing is padded. Two tables cut the order: into tiles of one expert each
+for the base layer, and into runs of one virtual expert each for LoRA.
 
 Worked example, ``E = 2``, ``K = 1``, ``topk_ids = [[1], [0], [1], [1]]``, slots ``[0, -1, -1, 0]`` (the last column
 holds each row's number of used entries)::
@@ -11,6 +12,12 @@ holds each row's number of used entries)::
     EXPERT_TILE_IDS      0  1 -1 -1 | 2     the tiles' experts
     EXPERT_TILE_STARTS   0  1 -1 -1 | 2     where their rows start
     EXPERT_TILE_ROWS     1  3 -1 -1 | 2     and how many there are; more than a tile holds would make a second tile
+    LORA_RUN_IDS         1 -1 -1 -1 | 1     the runs' virtual experts
+    LORA_RUN_STARTS      2 -1 -1 -1 | 1     where their rows start
+    LORA_RUN_ROWS        2 -1 -1 -1 | 1     and how many there are; the order's multiples of 256 end runs too
+
+The runs are left out (their counts are 0) where no product reads them: small batches take LoRA pair by pair, see
+`lora_sorts`, which the example pretends not to know.
 """
 
 from __future__ import annotations
@@ -23,7 +30,11 @@ from torch import Tensor
 
 SORTED_TOKEN_IDS, SORTED_VIRTUAL_IDS = 0, 1
 EXPERT_TILE_IDS, EXPERT_TILE_STARTS, EXPERT_TILE_ROWS = 2, 3, 4
-NUM_SCHEDULE_ROWS = 5
+LORA_RUN_IDS, LORA_RUN_STARTS, LORA_RUN_ROWS = 5, 6, 7
+NUM_SCHEDULE_ROWS = 8
+
+# Runs of a virtual expert are cut at multiples of this, so that one of them cannot hold up the rest.
+RUN_ROWS = 256
 
 # Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
@@ -43,7 +54,7 @@ def expert_tile_rows(num_pairs: int, num_experts: int) -> int:
 
 
 def schedule_shape(num_pairs: int) -> tuple[int, int]:
-    """Shape of a schedule of ``num_pairs`` pairs: every tile holds at least one pair, so no row needs more."""
+    """Shape of a schedule of ``num_pairs`` pairs: tiles and runs hold at least one pair, so no row needs more."""
     return NUM_SCHEDULE_ROWS, num_pairs + 1
 
 

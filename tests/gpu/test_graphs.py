@@ -21,15 +21,23 @@ def fused(layer: Layer) -> Tensor:
     )
 
 
-def hooked(layer: Layer) -> Tensor:
+def hooked(layer: Layer, ahead: bool = False) -> Tensor:
     hooks = build_lora_hooks(layer.lora, layer.ids, layer.weights, layer.mapping)
     ids, inner = layer.ids.long(), layer.w2.shape[2]
+    if ahead:
+        hooks.before_gate_up(layer.x)
     cache1 = torch.einsum("mkoh,mh->mko", layer.w13[ids], layer.x)
     hooks.after_gate_up(layer.x, cache1)
     h = F.silu(cache1[..., :inner]) * cache1[..., inner:]
+    if ahead:
+        hooks.before_down(h.flatten(0, 1))
     cache3 = (torch.einsum("mkhi,mki->mkh", layer.w2[ids], h) * layer.weights[..., None]).to(layer.x.dtype)
     hooks.after_down(h.flatten(0, 1), cache3)
     return cache3.sum(1)
+
+
+def overlapped(layer: Layer) -> Tensor:
+    return hooked(layer, ahead=True)
 
 
 def changes(layer: Layer) -> list[Callable[[], object]]:
@@ -53,7 +61,11 @@ def changes(layer: Layer) -> list[Callable[[], object]]:
 
 # the plain layer around the hooks gathers a weight for every pair, too much memory for 1,500 tokens
 @pytest.mark.parametrize(
-    ("function", "tokens"), [*((fused, n) for n in (1, 9, 400, 1500)), *((hooked, n) for n in (1, 9, 400))]
+    ("function", "tokens"),
+    [
+        *((fused, n) for n in (1, 9, 400, 1500)),
+        *((function, n) for function in (hooked, overlapped) for n in (1, 9, 400)),
+    ],
 )
 def test_captured_by_hand(function: Callable[[Layer], Tensor], tokens: int) -> None:
     layer = make_layer(tokens, odd_ids=False)
@@ -93,8 +105,20 @@ def test_no_host_sync(tokens: int) -> None:
         fused(layer)
         hooks = build_lora_hooks(layer.lora, layer.ids, layer.weights, layer.mapping)
         hooks.after_gate_up(layer.x, cache1)
+        hooks.before_gate_up(layer.x)
+        hooks.after_gate_up(layer.x, cache1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_overlapped_layers_share_memory_safely() -> None:
+    """Layer after layer without a sync: what one frees, the next one's second stream may take at once."""
+    layers = [make_layer(tokens, odd_ids=False, seed=seed) for seed, tokens in enumerate((300, 400, 350))]
+    expected = [hooked(layer) for layer in layers]
+    torch.cuda.synchronize()
+    results = [overlapped(layer) for _ in range(20) for layer in layers]
+    for i, result in enumerate(results):
+        assert torch.equal(result, expected[i % len(layers)])
 
 
 def test_another_stream_and_unaligned_inputs() -> None:

@@ -30,7 +30,7 @@ NAN = float("nan")
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Runs a test on both LoRA paths, whatever the batch."""
-    plans = (launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS)
+    plans = (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS)
     for plan in plans:
         plan.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)

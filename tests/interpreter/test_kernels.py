@@ -16,7 +16,7 @@ NAN = float("nan")
 
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    for plans in (launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS):
+    for plans in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS):
         plans.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
     return request.param
@@ -69,6 +69,7 @@ def test_layer(case: Case, sorts: bool) -> None:
 )
 def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: True)
     launch._ROUTE_PLANS.clear()
     tokens, top_k, experts, slots = sizes
     flags = tuple(slot % 3 != 1 for slot in range(slots))
@@ -80,11 +81,22 @@ def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pyte
     launch._ROUTE_PLANS.clear()
 
 
+def test_runs_of_many_chunks() -> None:
+    """Runs are numbered across programs, and the long ones are cut."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, 3, (1500, 2), generator=generator)
+    mapping = torch.randint(0, 4, (1500,), generator=generator).clamp(max=1) - 1
+    launch._ROUTE_PLANS.clear()
+    schedule = launch.route(ids, mapping, None, 2, 2)
+    assert torch.equal(schedule, cpu.route(ids, mapping, None, 2, 2))
+    assert schedule[routing.LORA_RUN_ROWS].max() == routing.RUN_ROWS
+
+
 def test_ids_beyond_int32_do_not_wrap() -> None:
     """An int64 id whose low half looks valid is still out of range."""
     ids, mapping = torch.tensor([[2**32, 1], [1, 2**33 + 1]]), torch.tensor([2**32, 0])
     launch._ROUTE_PLANS.clear()
-    assert torch.equal(launch.route(ids, mapping, None, 4, 2), cpu.route(ids, mapping, None, 4, 2))
+    assert torch.equal(launch.route(ids, mapping, None, 2, 2), cpu.route(ids, mapping, None, 4, 2))
 
 
 @pytest.mark.parametrize("split_k", [1, 3, 64])

@@ -16,6 +16,7 @@ COLUMNS = (
     "rank",
     "floor",
     "hooks",
+    "hooks_overlapped",
     "hooks_alone",
     "torch_grouped",
     "per_adapter_loop",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torch_lora_moe.api import LoRAHooks
 from torch_lora_moe.bench.problems import Problem
+from torch_lora_moe.hooks import LoRAHooks
 
 # torch._grouped_mm takes fewer groups than this.
 MOST_GROUPS = 1023
@@ -72,13 +72,18 @@ class TorchLoRA:
                 out[:, columns] += torch.where(mine[:, None], delta, 0).to(out.dtype)
 
 
-def torch_layer(problem: Problem, hooks: LoRAHooks | TorchLoRA | None) -> Tensor:
-    """A base layer of plain torch calls that knows nothing of LoRA, with hooks between its GEMMs."""
+def torch_layer(problem: Problem, hooks: LoRAHooks | TorchLoRA | None, overlap: bool = False) -> Tensor:
+    """A base layer of plain torch calls that knows nothing of LoRA, with hooks between, or also before, its GEMMs."""
     inner, ids = problem.shape.intermediate_size, problem.topk_ids.reshape(-1)
+    ahead = hooks if overlap and isinstance(hooks, LoRAHooks) else None
+    if ahead is not None:
+        ahead.before_gate_up(problem.x)
     cache1 = grouped_linear(problem.x.repeat_interleave(problem.shape.top_k, 0), problem.w13, ids)
     if hooks is not None:
         hooks.after_gate_up(problem.x, cache1)
     h = F.silu(cache1[:, :inner]) * cache1[:, inner:]
+    if ahead is not None:
+        ahead.before_down(h)
     cache3 = grouped_linear(h, problem.w2, ids) * problem.topk_weights.reshape(-1, 1).to(h.dtype)
     if hooks is not None:
         hooks.after_down(h, cache3)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from torch_lora_moe.api import build_lora_hooks, virtual_experts_lora_add
+from torch_lora_moe.api import virtual_experts_lora_add
 from torch_lora_moe.bench.baselines import TorchLoRA, torch_layer
 from torch_lora_moe.bench.problems import Problem, Shape, make_problems
 from torch_lora_moe.bench.timing import graph_time, host_time
+from torch_lora_moe.hooks import build_lora_hooks
 
 BYTES_PER_MICROSECOND = 4.3e6
 
@@ -42,15 +43,16 @@ def measure(shape: Shape, num_tokens: int, max_loras: int, rank: int, baselines:
     row["relative_error"] = check(problems[0])
     row["floor"] = sum(p.lora_bytes() for p in problems) / len(problems) / BYTES_PER_MICROSECOND
 
-    def layers(make_hooks: Callable[[Problem], Any] | None) -> float:
+    def layers(make_hooks: Callable[[Problem], Any] | None, overlap: bool = False) -> float:
         def call(problem: Problem) -> Callable[[], object]:
-            return lambda: torch_layer(problem, make_hooks(problem) if make_hooks else None)
+            return lambda: torch_layer(problem, make_hooks(problem) if make_hooks else None, overlap)
 
         return graph_time([call(problem) for problem in problems])
 
     base = layers(None)
     row["base"] = base
     row["hooks"] = layers(hooks_of) - base
+    row["hooks_overlapped"] = layers(hooks_of, overlap=True) - base
     row["hooks_alone"] = graph_time([lora_only(problem) for problem in problems])
     if baselines:
         row["torch_grouped"] = layers(lambda problem: TorchLoRA(problem, False)) - base

@@ -36,18 +36,17 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
             if n <= wide and k <= deep and 1024 <= n * k <= 16384:
                 yield LaunchConfig(1, n, k, warps, 3)
     elif kernel == "shrink_runs":
-        tiles = itertools.product((16, 32, 64), (64, 128, 256), (3, 4), (1, 2, 4))
-        for m, k, stages, windows in tiles:
+        for m, k, stages, warps in itertools.product((16, 32, 64), (64, 128, 256), (3, 4), (2, 4)):
             if k <= deep and m * k <= 8192:
-                yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, 4, stages, max(4, m // windows))
+                yield LaunchConfig(m, min(wide, 128 if m <= 32 else 64), k, warps, stages)
     elif kernel == "expand_pairs":
         for n, warps in itertools.product((64, 128, 256, 512), (2, 4, 8)):
             if n * deep <= 16384 and n <= wide:
                 yield LaunchConfig(1, n, 0, warps, 1)
     else:
-        for m, n, warps in itertools.product((16, 32, 64), (64, 128, 256), (4, 8)):
-            if n <= wide and m * n <= 8192:
-                yield LaunchConfig(m, n, min(64, deep), warps, 2)
+        for m, n, warps, stages in itertools.product((16, 32), (64, 128, 256), (1, 2, 4), (1, 2, 3)):
+            if n <= wide and m * n <= 4096:
+                yield LaunchConfig(m, n, min(64, deep), warps, stages)
 
 
 class Job:
@@ -64,7 +63,9 @@ class Job:
         assert self.b is not None
         self.num_slices = 2 if gate_up else 1
         pairs = problem.num_pairs
-        self.inputs = [p.x if gate_up else p.x.new_ones(pairs, shape.intermediate_size) for p in problems]
+        self.inputs = [
+            p.x if gate_up else torch.randn_like(p.x.new_empty(pairs, shape.intermediate_size)) for p in problems
+        ]
         self.schedules = [launch.route(*self._tokens(p), shape.num_experts, self.a.shape[0]) for p in problems]
         rank, width = self.b.shape[3], self.b.shape[2] // self.num_slices
         self.size = (self.a.shape[2], self.a.shape[3]) if kernel.startswith("shrink") else (width, rank)
@@ -84,17 +85,18 @@ class Job:
         tokens, experts = self._tokens(problem), problem.shape.num_experts
         plan = launch.ShrinkPlan(x, self.a, *tokens, schedule, experts, split_k, config, self.sorts)
         args = (x, self.a, torch.empty(split_k, problem.num_pairs, self.a.shape[2], device="cuda"), *tokens, schedule)
-        return lambda: plan(True, *args)
+        return lambda: plan(*args)
 
     def _expand(self, i: int, config: LaunchConfig, split_k: int) -> Callable[[], object]:
         problem = self.problems[i]
         assert self.b is not None
-        shrunk = torch.ones(split_k, problem.num_pairs, self.num_slices * self.b.shape[3], device="cuda")
-        output = problem.x.new_zeros(*problem.topk_ids.shape, self.b.shape[2])
+        # random numbers, not zeros: a GPU draws less power on zeros and runs faster
+        shrunk = torch.randn(split_k, problem.num_pairs, self.num_slices * self.b.shape[3], device="cuda")
+        output = torch.randn_like(problem.x.new_empty(*problem.topk_ids.shape, self.b.shape[2]))
         experts = problem.shape.num_experts
         plan = launch.ExpandPlan(output, self.b, None, None, experts, self.num_slices, split_k, config, self.sorts)
         args = (output, shrunk, self.b, *self._tokens(problem), self.schedules[i], None)
-        return lambda: plan(True, *args)
+        return lambda: plan(*args)
 
 
 def tune(job: Job, splits: list[int]) -> list[Measured]:
@@ -111,10 +113,11 @@ def tune(job: Job, splits: list[int]) -> list[Measured]:
 
 def splits_of(job: Job) -> list[int]:
     """Numbers of planes to try for a shrink; an expand takes what its shrink will use."""
-    inner = job.size[1]
-    if not job.kernel.startswith("shrink"):
-        return [1]
+    assert job.a is not None
+    inner = job.a.shape[3]
     usual = shrink_planes(job.problems[0].num_pairs, inner, job.sorts)
+    if not job.kernel.startswith("shrink"):
+        return [usual]
     return sorted({1, 2, usual, max(1, min(8, inner // 256))})
 
 
@@ -125,7 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,256,512,1024,4096")
     parser.add_argument("--ranks", type=_numbers, default="16,64")
     parser.add_argument("--max-loras", type=int, default=8)
-    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_blocks")
+    parser.add_argument("--kernels", default="shrink_pairs,expand_pairs,shrink_runs,expand_runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, configs/<GPU>.json of the package")
     options = parser.parse_args()
 
@@ -146,7 +149,7 @@ def main() -> None:
             best = tune(job, splits_of(job))
             for time, config, split_k in best[:3]:
                 tqdm.write(f"{kernel} {projection} r={rank} M={tokens}: {time:7.2f} us  split_k={split_k} {config}")
-            usual = shrink_planes(pairs, job.size[1], job.sorts) if kernel.startswith("shrink") else 1
+            usual = shrink_planes(pairs, job.a.shape[3], job.sorts)  # type: ignore[union-attr]
             chosen = next(row for row in best if row[2] == usual)
             kernels[kernel].append(
                 {"shape": [pairs, *job.size], "config": asdict(chosen[1]), "us": round(chosen[0], 2)}

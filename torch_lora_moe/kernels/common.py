@@ -35,13 +35,17 @@ def virtual_ids(topk_ids, mapping, enabled, pairs, mask, top_k, num_experts, max
 
 
 @triton.jit
-def run_starts(ids, window, num_pairs, WINDOW: tl.constexpr, LONGEST: tl.constexpr):
-    """Which of ``WINDOW`` sorted pairs start a run: equal neighbours in ``ids``, cut at multiples of ``LONGEST``."""
-    index = window + tl.arange(0, WINDOW)
-    there = index < num_pairs
-    mine = tl.load(ids + index, mask=there, other=-1)
-    before = tl.load(ids + index - 1, mask=there & (index > 0), other=-1)
-    return (mine >= 0) & ((mine != before) | (index % LONGEST == 0))
+def num_runs(schedule, num_pairs):
+    """How many runs a schedule holds."""
+    return tl.load(schedule + 5 * (num_pairs + 1) + num_pairs)
+
+
+@triton.jit
+def load_run(schedule, num_pairs, run):
+    """Virtual expert, first sorted row and number of rows of a run."""
+    entry = schedule + 5 * (num_pairs + 1) + run
+    stride = num_pairs + 1
+    return tl.load(entry), tl.load(entry + stride), tl.load(entry + 2 * stride)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Route: pairs ordered by (expert, slot) and the table of expert tiles, see ``routing`` for the layout.
 
-Up to a few thousand pairs `route_ranked` does it in one launch: every program ranks its own pairs against all others,
-so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ranked by slot,
-a histogram by expert for each chunk of that order, and a stable scatter.
+Up to a few thousand pairs `route_ranked` orders them in one launch: every program ranks its own pairs against all
+others, so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ranked by
+slot, a histogram by expert for each chunk of that order, and a stable scatter. `cut_runs` then finds the runs of LoRA.
 """
 
 import triton
@@ -50,11 +50,11 @@ def _write_tiles(schedule, columns, mask, num_pairs, counts, BINS: tl.constexpr,
 
 @triton.jit
 def _write_counts(schedule, num_pairs, counts, TILE_ROWS: tl.constexpr):
-    """The last column: how many entries of each row are used."""
+    """The last column: how many entries of each row are used; no runs yet."""
     rows = tl.arange(0, 8)
     num_known, num_tiles = tl.sum(counts, 0), tl.sum((counts + TILE_ROWS - 1) // TILE_ROWS, 0)
     target = schedule + rows * (num_pairs + 1) + num_pairs
-    tl.store(target, tl.where(rows < 2, num_known, num_tiles), mask=rows < 5)
+    tl.store(target, tl.where(rows < 2, num_known, tl.where(rows < 5, num_tiles, 0)))
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _write_pairs(schedule, position, pairs, experts, slots, known, num_pairs, nu
 
 @triton.jit
 def _fill_unused(schedule, columns, num_pairs, num_known, first_free_tile):
-    """-1 behind the last known pair, and in tile columns that no batch of this size reaches."""
+    """-1 behind the last known pair, in tile columns that no batch of this size reaches, and in all runs."""
     stride = num_pairs + 1
     unused = tl.full(columns.shape, -1, tl.int32)
     there = columns < num_pairs
@@ -75,6 +75,8 @@ def _fill_unused(schedule, columns, num_pairs, num_known, first_free_tile):
         tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= num_known))
     for row in tl.static_range(2, 5):
         tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= first_free_tile))
+    for row in tl.static_range(5, 8):
+        tl.store(schedule + row * stride + columns, unused, mask=there)
 
 
 @triton.jit(
@@ -231,7 +233,9 @@ def scatter_pairs(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Third launch: each chunk places its pairs behind those of the chunks before, stable by expert."""
+    """Third launch: a program for each chunk places its pairs behind those of the chunks before, stable by expert;
+    the programs after them fill ``BLOCK_C`` tile columns each.
+    """
     wait_for_producer(PDL)
     release_consumer(PDL)
     chunk = tl.program_id(0)
@@ -243,32 +247,82 @@ def scatter_pairs(
         part = tl.load(histograms + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
         counts += tl.sum(part, 0)
         before += tl.sum(tl.where(rows[:, None] < chunk, part, 0), 0)
-    here = tl.load(histograms + chunk * BINS + bins)
-    # first place of each expert's pairs of this chunk, less their place in the chunk's own order by expert
-    base = tl.cumsum(counts, 0) - counts + before - (tl.cumsum(here, 0) - here)
-
-    local = tl.arange(0, CHUNK)
-    index = chunk * CHUNK + local
-    there = index < num_pairs
-    experts = tl.load(ordered_experts + index, mask=there, other=num_experts)
-    known = experts < num_experts
-    mine_key = _composite(experts, local, CHUNK, known, False)
-    position = tl.gather(base, tl.where(known, experts, 0), 0)
-    for start in range(0, CHUNK, BLOCK_Q):
-        others = start + tl.arange(0, BLOCK_Q)
-        e = tl.load(
-            ordered_experts + chunk * CHUNK + others, mask=chunk * CHUNK + others < num_pairs, other=num_experts
-        )
-        keys = _composite(e, others, CHUNK, e < num_experts, False)
-        position += tl.sum((keys[None, :] < mine_key[:, None]).to(tl.int32), 1)
-
-    pairs = _pairs_in_order(token_order, index, there, top_k, HAS_MAPPING)
-    slots = effective_slots(mapping, enabled, pairs // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
-    _write_pairs(schedule, position, pairs, experts, slots, known, num_pairs, num_experts)
-    _fill_unused(schedule, index, num_pairs, tl.sum(counts, 0), most_tiles)
-    # the first chunks fill the columns that tiles can reach
-    for start in range(chunk * BLOCK_C, most_tiles, num_chunks * BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
+    if chunk >= num_chunks:
+        columns = (chunk - num_chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
         _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
-    if chunk == 0:
-        _write_counts(schedule, num_pairs, counts, TILE_ROWS)
+        if chunk == num_chunks:
+            _write_counts(schedule, num_pairs, counts, TILE_ROWS)
+    else:
+        local = tl.arange(0, CHUNK)
+        index = chunk * CHUNK + local
+        there = index < num_pairs
+        experts = tl.load(ordered_experts + index, mask=there, other=num_experts)
+        pairs = _pairs_in_order(token_order, index, there, top_k, HAS_MAPPING)
+        slots = effective_slots(mapping, enabled, pairs // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
+        here = tl.load(histograms + chunk * BINS + bins)
+        # first place of each expert's pairs of this chunk, less their place in the chunk's own order by expert
+        base = tl.cumsum(counts - here, 0) - counts + here + before
+        known = experts < num_experts
+        mine_key = _composite(experts, local, CHUNK, known, False)
+        # added up once at the end: a sum over threads in each round would cost more than the comparisons
+        smaller = tl.zeros([CHUNK, BLOCK_Q], tl.int32)
+        for start in range(0, CHUNK, BLOCK_Q):
+            others = start + tl.arange(0, BLOCK_Q)
+            exist = chunk * CHUNK + others < num_pairs
+            e = tl.load(ordered_experts + chunk * CHUNK + others, mask=exist, other=num_experts)
+            keys = _composite(e, others, CHUNK, e < num_experts, False)
+            smaller += (keys[None, :] < mine_key[:, None]).to(tl.int32)
+        position = tl.gather(base, tl.where(known, experts, 0), 0) + tl.sum(smaller, 1)
+        _write_pairs(schedule, position, pairs, experts, slots, known, num_pairs, num_experts)
+        _fill_unused(schedule, index, num_pairs, tl.sum(counts, 0), most_tiles)
+
+
+@triton.jit
+def _starts(ids, index, end, RUN_ROWS: tl.constexpr):
+    """Virtual experts of sorted pairs, and which of them start a run."""
+    mine = tl.load(ids + index, mask=index < end, other=-1)
+    inner = index % RUN_ROWS != 0
+    before = tl.load(ids + index - 1, mask=(index < end) & inner, other=-1)
+    return mine, (mine >= 0) & (~inner | (mine != before))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["schedule"])
+def cut_runs(
+    schedule,
+    num_pairs,
+    RUN_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Last launch: each program numbers the runs of its chunk behind those of the chunks before."""
+    wait_for_producer(PDL)
+    release_consumer(PDL)
+    stride = num_pairs + 1
+    ids = schedule + stride
+    first = tl.program_id(0) * CHUNK
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, first, BLOCK):
+        _, starting = _starts(ids, start + tl.arange(0, BLOCK), first, RUN_ROWS)
+        count += starting.to(tl.int32)
+    runs_before = tl.sum(count, 0)
+
+    # a chunk is a multiple of RUN_ROWS, so its last run ends inside
+    index = first + tl.arange(0, CHUNK)
+    mine, starting = _starts(ids, index, num_pairs, RUN_ROWS)
+    after = tl.load(ids + index + 1, mask=(index + 1 < num_pairs) & ((index + 1) % RUN_ROWS != 0), other=-1)
+    start = tl.associative_scan(tl.where(starting, index, 0), 0, _larger)
+    run = runs_before + tl.cumsum(starting.to(tl.int32), 0) - 1
+    ending = (mine >= 0) & (mine != after)
+    tl.store(schedule + 5 * stride + run, mine, mask=ending)
+    tl.store(schedule + 6 * stride + run, start, mask=ending)
+    tl.store(schedule + 7 * stride + run, index - start + 1, mask=ending)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        rows = 5 + tl.arange(0, 4)
+        total = runs_before + tl.sum(starting.to(tl.int32), 0)
+        tl.store(schedule + rows * stride + num_pairs, total + tl.zeros([4], tl.int32), mask=rows < 8)

@@ -8,7 +8,7 @@ matrix in one tensor-core product (`shrink_runs`).
 import triton
 import triton.language as tl
 
-from .common import release_consumer, run_starts, virtual_ids, wait_for_producer
+from .common import load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
 
 
 @triton.jit(
@@ -59,6 +59,32 @@ def shrink_pairs(
     tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
 
 
+@triton.jit
+def _clear_skipped(
+    out,
+    rows,
+    topk_ids,
+    mapping,
+    enabled,
+    num_pairs,
+    top_k,
+    num_experts,
+    max_loras,
+    ROWS: tl.constexpr,
+    HAS_ENABLED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Zeros for the pairs that LoRA skips, which stand anywhere in the order or nowhere."""
+    zeros = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_M, num_pairs, tl.num_programs(0) * BLOCK_M):
+        pairs = start + tl.arange(0, BLOCK_M)
+        there = pairs < num_pairs
+        virtual = virtual_ids(topk_ids, mapping, enabled, pairs, there, top_k, num_experts, max_loras, HAS_ENABLED)
+        clear = (there & (virtual < 0))[:, None] & (rows[None, :] < ROWS)
+        tl.store(out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :], zeros, mask=clear)
+
+
 @triton.jit(
     do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "schedule"],
@@ -82,57 +108,45 @@ def shrink_runs(
     CHUNK: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LONGEST: tl.constexpr,
+    CLEAR: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (windows of sorted pairs, blocks of A's rows, planes): a program takes the runs that start in its window."""
-    window = tl.program_id(0) * WINDOW
+    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs."""
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
-    local = tl.arange(0, WINDOW)
+    local = tl.arange(0, BLOCK_M)
+    columns = plane * CHUNK + tl.arange(0, BLOCK_K)
     out += plane.to(tl.int64) * num_pairs * ROWS
     wait_for_producer(PDL)
     release_consumer(PDL)
-
-    # pairs that LoRA skips stand anywhere in the order or nowhere: each program clears those of its own numbers
-    own, there = window + local, window + local < num_pairs
-    skipped = virtual_ids(topk_ids, mapping, enabled, own, there, top_k, num_experts, max_loras, HAS_ENABLED) < 0
-    zeros = tl.zeros([WINDOW, BLOCK_R], tl.float32)
-    clear = (skipped & there)[:, None] & (rows[None, :] < ROWS)
-    tl.store(out + own[:, None].to(tl.int64) * ROWS + rows[None, :], zeros, mask=clear)
-
-    ids = schedule + num_pairs + 1
-    columns = plane * CHUNK + tl.arange(0, BLOCK_K)
-    starts = run_starts(ids, window, num_pairs, WINDOW, LONGEST)
-    row = tl.min(tl.where(starts, local, WINDOW), 0)
-    while row < WINDOW:
-        first = window + row
-        group = tl.load(ids + first)
-        weight = (group // num_experts if SHARED else group).to(tl.int64)
+    if CLEAR:
+        _clear_skipped(
+            out, rows, topk_ids, mapping, enabled, num_pairs, top_k, num_experts, max_loras, ROWS, HAS_ENABLED, BLOCK_M,
+            BLOCK_R,
+        )  # fmt: skip
+    run, used = tl.program_id(0), num_runs(schedule, num_pairs)
+    while run < used:
+        virtual, first, count = load_run(schedule, num_pairs, run)
+        weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
         a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
-        end = tl.minimum((first // LONGEST + 1) * LONGEST, num_pairs)
-        while first < end:
-            index = first + tl.arange(0, BLOCK_M)
-            members = tl.load(ids + index, mask=index < end, other=-1) == group
-            pairs = tl.load(schedule + index, mask=members, other=0)
+        for piece in range(0, count, BLOCK_M):
+            there = piece + local < count
+            pairs = tl.load(schedule + first + piece + local, mask=there, other=0)
             x_rows = x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X
             acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             for start in range(0, CHUNK, BLOCK_K):
                 k = start + columns
                 inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
-                left = tl.load(x_rows + k[None, :], mask=members[:, None] & inside[None, :], other=0.0)
+                left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
                 right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
                 if x.dtype.element_ty == tl.float32:
                     # a sum of its own for each block: one long chain of additions would lose a digit
-                    acc += tl.where(members[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+                    acc += tl.dot(left, right.T, input_precision="ieee")
                 else:
                     acc = tl.dot(left, right.T, acc)
             target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
-            tl.store(target, acc, mask=members[:, None] & (rows[None, :] < ROWS))
-            # a block with other pairs in it is the last of the run
-            first = tl.where(tl.sum(members.to(tl.int32), 0) == BLOCK_M, first + BLOCK_M, end)
-        row = tl.min(tl.where(starts & (local > row), local, WINDOW), 0)
+            tl.store(target, acc, mask=there[:, None] & (rows[None, :] < ROWS))
+        run += tl.num_programs(0)
