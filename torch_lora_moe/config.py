@@ -1,8 +1,8 @@
 """From a shape to a launch configuration: shipped tables for known GPUs, heuristics for the rest.
 
 A table is a JSON file of ``configs/`` named after the GPU; `bench.tune` writes it. Of its entries for a kernel the one
-nearest in shape is taken (distances in powers of two), so the choice depends on shapes alone: it is the same in eager
-mode, under capture and from run to run.
+nearest in shape is taken (distances in powers of two), if it is near enough to tell anything. So the choice depends on
+shapes alone: it is the same in eager mode, under capture and from run to run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from importlib import resources
 from typing import Any
 
 import torch
+
+# Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
+FARTHEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,19 @@ def launch_config(kernel: str, num_pairs: int, outer: int, inner: int, device: t
         inner: input features for a shrink, rank for an expand.
         device: where it runs.
     """
-    entries = _table(_device_name(device)).get(kernel)
-    if not entries:
-        return HEURISTICS[kernel](num_pairs, outer, inner)
-    return _nearest(kernel, num_pairs, outer, inner, _device_name(device))
+    tuned = _nearest(kernel, num_pairs, outer, inner, _device_name(device))
+    return tuned or HEURISTICS[kernel](num_pairs, outer, inner)
 
 
 @functools.lru_cache(maxsize=4096)
-def _nearest(kernel: str, num_pairs: int, outer: int, inner: int, device_name: str) -> LaunchConfig:
+def _nearest(kernel: str, num_pairs: int, outer: int, inner: int, device_name: str) -> LaunchConfig | None:
     def distance(entry: dict[str, Any]) -> float:
         wanted = zip((num_pairs, outer, inner), entry["shape"], strict=True)
         return sum(abs(math.log2(max(here, 1) / there)) for here, there in wanted)
 
-    entry = min(_table(device_name)[kernel], key=distance)
+    entry = min(_table(device_name).get(kernel, ()), key=distance, default=None)
+    if entry is None or distance(entry) > FARTHEST:
+        return None
     config = LaunchConfig(**entry["config"])
     # a tile tuned for a larger shape only wastes lanes on a smaller one
     block_n = min(config.block_n, max(16, power_of_two(outer)))

@@ -8,6 +8,7 @@ device memory on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -259,13 +260,18 @@ class ShrinkPlan:
         self.split_k = shrink_planes(num_pairs, in_features, self.sorts) if split_k is None else split_k
         kernel = "shrink_runs" if self.sorts else "shrink_pairs"
         config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
+        if self.sorts and hidden_states.element_size() == 4:
+            # without tensor cores a block is one chain of additions: short ones keep the digits
+            config = replace(config, block_k=min(config.block_k, 32))
         blocks = -(-in_features // config.block_k)
         pdl = has_dependent_launch(hidden_states.device)
+        chunk = -(-blocks // self.split_k) * config.block_k
         constants: dict[str, Any] = {
             "STRIDE_X": hidden_states.stride(0),
             "IN": in_features,
             "ROWS": rows,
-            "CHUNK": -(-blocks // self.split_k) * config.block_k,
+            "CHUNK": chunk,
+            "EVEN_PLANES": chunk * self.split_k == in_features,
             "SHARED": experts == 1 and num_experts > 1,
             "HAS_ENABLED": adapter_enabled is not None,
         }

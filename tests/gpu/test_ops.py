@@ -128,9 +128,11 @@ def test_lora_add(projection: str, shared_outer: bool, dtype: torch.dtype, sorts
         assert_within_budget(view, exact, low, dtype)
 
 
+# 512 columns are few full blocks: further planes are empty
+@pytest.mark.parametrize("hidden_size", [512, 520])
 @pytest.mark.parametrize("split_k", [1, 2, 5, 64])
-def test_split_k(split_k: int, sorts: bool) -> None:
-    inputs = make_inputs(Case(hidden_size=520), "cuda")
+def test_split_k(split_k: int, hidden_size: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(hidden_size=hidden_size), "cuda")
     assert inputs.lora is not None
     tokens = (inputs.topk_ids, inputs.token_lora_mapping, None, None)
     planes = ops.lora_shrink(inputs.hidden_states, inputs.lora.gate_up_a, *tokens, 6, split_k)
@@ -141,6 +143,12 @@ def test_split_k(split_k: int, sorts: bool) -> None:
         for dtype in (torch.float64, torch.float32)
     )
     assert_within_budget(planes.sum(0), exact, low, torch.float32)
+
+
+@pytest.mark.parametrize("hidden_size", [2560, 2880, 3072])
+def test_hidden_sizes_that_planes_do_not_divide(hidden_size: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(num_tokens=3, hidden_size=hidden_size, intermediate_size=16), "cuda")
+    check_layer(inputs, inputs.run())
 
 
 def poison(inputs: Inputs) -> Inputs:

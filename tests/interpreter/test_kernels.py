@@ -99,9 +99,11 @@ def test_ids_beyond_int32_do_not_wrap() -> None:
     assert torch.equal(launch.route(ids, mapping, None, 2, 2), cpu.route(ids, mapping, None, 4, 2))
 
 
+# 64 columns are one block: further planes are empty
+@pytest.mark.parametrize("hidden_size", [64, 70])
 @pytest.mark.parametrize("split_k", [1, 3, 64])
-def test_split_k(split_k: int, sorts: bool) -> None:
-    inputs = make_inputs(Case(hidden_size=70))
+def test_split_k(split_k: int, hidden_size: int, sorts: bool) -> None:
+    inputs = make_inputs(Case(hidden_size=hidden_size))
     assert inputs.lora is not None
     args = (inputs.hidden_states, inputs.lora.gate_up_a, inputs.topk_ids, inputs.token_lora_mapping, None, None, 6)
     planes = launch.lora_shrink(*args, split_k)

@@ -31,13 +31,14 @@ def shrink_pairs(
     IN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EVEN_PLANES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of A's rows, planes)."""
+    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks."""
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
@@ -52,7 +53,7 @@ def shrink_pairs(
         x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X
         for start in range(0, CHUNK, BLOCK_K):
             k = start + columns
-            inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
+            inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
             values = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
             acc += values.to(tl.float32) * tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)[None, :]
     target = out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows
@@ -106,6 +107,7 @@ def shrink_runs(
     IN: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    EVEN_PLANES: tl.constexpr,
     SHARED: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     CLEAR: tl.constexpr,
@@ -139,7 +141,7 @@ def shrink_runs(
             acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             for start in range(0, CHUNK, BLOCK_K):
                 k = start + columns
-                inside = k < IN if IN % BLOCK_K != 0 or IN % CHUNK != 0 else tl.full([BLOCK_K], True, tl.int1)
+                inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
                 left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
                 right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
                 if x.dtype.element_ty == tl.float32:
