@@ -99,7 +99,8 @@ def _shrink_runs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:
     block_n, most_k = min(64, max(16, power_of_two(outer))), max(16, power_of_two(inner))
     if num_pairs <= 8192:
         return LaunchConfig(16, block_n, min(128, most_k), 2, 4)
-    return LaunchConfig(64, block_n, min(64, most_k), 4, 3)
+    # few warps leave room on the GPU for the expand that starts early
+    return LaunchConfig(64, block_n, min(64, most_k), 2 if block_n <= 32 else 4, 3)
 
 
 def _expand_pairs(num_pairs: int, outer: int, inner: int) -> LaunchConfig:

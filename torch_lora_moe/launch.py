@@ -8,7 +8,6 @@ device memory on the host.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -251,18 +250,14 @@ class ShrinkPlan:
         num_experts: int,
         split_k: int | None = None,
         config: LaunchConfig | None = None,
-        sorts: bool | None = None,
         clear: bool = True,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
-        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras)
         self.split_k = shrink_planes(num_pairs, in_features, self.sorts) if split_k is None else split_k
         kernel = "shrink_runs" if self.sorts else "shrink_pairs"
         config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
-        if self.sorts and hidden_states.element_size() == 4:
-            # without tensor cores a block is one chain of additions: short ones keep the digits
-            config = replace(config, block_k=min(config.block_k, 32))
         blocks = -(-in_features // config.block_k)
         pdl = has_dependent_launch(hidden_states.device)
         chunk = -(-blocks // self.split_k) * config.block_k
@@ -345,12 +340,11 @@ class ExpandPlan:
         num_slices: int,
         num_planes: int,
         config: LaunchConfig | None = None,
-        sorts: bool | None = None,
         behind_shrink: bool = False,
     ) -> None:
         num_tokens, top_k, out_features = output.shape
         num_pairs, (max_loras, experts, _, rank) = num_tokens * top_k, lora_b.shape
-        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
+        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras)
         kernel = "expand_runs" if self.sorts else "expand_pairs"
         columns = out_features // num_slices
         config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
@@ -410,12 +404,14 @@ class AddPlan:
         schedule: Tensor | None,
         topk_weights: Tensor | None,
         num_slices: int,
+        shrink_config: LaunchConfig | None = None,
+        expand_config: LaunchConfig | None = None,
     ) -> None:
         self.num_pairs = topk_ids.numel()
         self.num_experts, self.max_loras = max(lora_a.shape[1], lora_b.shape[1]), lora_a.shape[0]
         tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
-        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts, clear=False)
-        sizes = (self.num_experts, num_slices, self.shrink.split_k)
+        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, self.num_experts, config=shrink_config, clear=False)
+        sizes = (self.num_experts, num_slices, self.shrink.split_k, expand_config)
         self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes, behind_shrink=True)
         self.shrunk = (self.shrink.split_k, self.num_pairs, lora_a.shape[2])
 

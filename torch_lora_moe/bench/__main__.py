@@ -22,6 +22,7 @@ COLUMNS = (
     "per_adapter_loop",
     "base",
     "host_lora_add",
+    "host_torch_add",
     "relative_error",
 )
 
@@ -43,7 +44,7 @@ def main() -> None:
     sizes = [(tokens, rank) for rank in options.ranks for tokens in options.tokens]
     for tokens, rank in tqdm(sizes, unit="size"):
         rows.append(measure(SHAPES[options.shape], tokens, options.max_loras, rank, not options.no_baselines))
-    print("microseconds a layer call, medians of CUDA-graph replays; host_lora_add: eager, one projection")
+    print("microseconds a layer call, medians of CUDA-graph replays; host_*: eager, one projection, and one x.add_()")
     print("  ".join(f"{column:>14s}" for column in COLUMNS))
     for row in rows:
         print("  ".join(f"{row.get(column, float('nan')):14.4g}" for column in COLUMNS))

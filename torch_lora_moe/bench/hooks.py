@@ -58,6 +58,7 @@ def measure(shape: Shape, num_tokens: int, max_loras: int, rank: int, baselines:
         row["torch_grouped"] = layers(lambda problem: TorchLoRA(problem, False)) - base
         row["per_adapter_loop"] = layers(lambda problem: TorchLoRA(problem, True)) - base
     row["host_lora_add"] = host_time(one_add(problems[0]))
+    row["host_torch_add"] = host_time(lambda: problems[0].x.add_(0))
     return row
 
 

@@ -145,8 +145,9 @@ def shrink_runs(
                 left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
                 right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
                 if x.dtype.element_ty == tl.float32:
-                    # a sum of its own for each block: one long chain of additions would lose a digit
-                    acc += tl.dot(left, right.T, input_precision="ieee")
+                    # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of
+                    # additions would lose a digit
+                    acc += tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
                 else:
                     acc = tl.dot(left, right.T, acc)
             target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
