@@ -8,13 +8,14 @@ A registration costs host time at every call, so ops are defined and implemented
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_lora_moe import checks, cpu, routing
+from torch_lora_moe import checks, cpu, native, routing
 from torch_lora_moe.checks import FusedArguments
 
 SCHEMAS = {
@@ -46,9 +47,14 @@ SCHEMAS = {
     ),
 }
 
+native.load_built()
 _LIBRARY = torch.library.Library("lora_moe", "FRAGMENT")
-for _schema in SCHEMAS.values():
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+# the C++ library may have been loaded first, and has defined them then
+_DEFINED = set(torch._C._dispatch_get_all_op_names())
+for _name, _schema in SCHEMAS.items():
+    if f"lora_moe::{_name}" not in _DEFINED:
+        _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+os.environ[native.DEFINED_BY] = str(os.getpid())
 
 
 def _route_fake(
@@ -93,6 +99,21 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
     return run
 
 
+def _on_cpu(name: str) -> Callable[..., Any]:
+    """The CPU kernel of an op: that of the C++ library where it is loaded, else the torch one."""
+    torch_kernel = getattr(cpu, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return native.KERNELS.get(name, torch_kernel)(*args, **kwargs)
+
+    return run
+
+
+def _layer_on_cpu(call: FusedArguments) -> Tensor:
+    out: Tensor = native.KERNELS["fused_experts"](*call) if native.KERNELS else cpu.fused_experts(call)
+    return out
+
+
 def _checked_layer(kernel: Callable[[FusedArguments], Tensor]) -> Callable[..., Tensor]:
     """``kernel`` of the whole layer behind its check."""
 
@@ -119,23 +140,23 @@ def _from_module(module: str, name: str) -> Callable[..., Any]:
 
 # op: (CPU kernel, module of its CUDA kernel, fake)
 _KERNELS = {
-    "route": (_checked(checks.check_routing, cpu.route), "launch", _checked(checks.check_routing, _route_fake)),
+    "route": (_checked(checks.check_routing, _on_cpu("route")), "launch", _checked(checks.check_routing, _route_fake)),
     "lora_shrink": (
-        _checked(checks.check_shrink, cpu.lora_shrink),
+        _checked(checks.check_shrink, _on_cpu("lora_shrink")),
         "launch",
         _checked(checks.check_shrink, _shrink_fake),
     ),
     "lora_expand_add_": (
-        _checked(checks.check_expand, cpu.lora_expand_add_),
+        _checked(checks.check_expand, _on_cpu("lora_expand_add_")),
         "launch",
         _checked(checks.check_expand, _in_place_fake),
     ),
     "lora_add_": (
-        _checked(checks.check_lora_add, cpu.lora_add_),
+        _checked(checks.check_lora_add, _on_cpu("lora_add_")),
         "launch",
         _checked(checks.check_lora_add, _in_place_fake),
     ),
-    "fused_experts": (_checked_layer(cpu.fused_experts), "layer", _checked_layer(_fused_fake)),
+    "fused_experts": (_checked_layer(_layer_on_cpu), "layer", _checked_layer(_fused_fake)),
 }
 for _name, (_cpu_kernel, _module, _fake) in _KERNELS.items():
     _LIBRARY.impl(_name, _cpu_kernel, "CPU")
