@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from stubs import ROOT, run
 
 from torch_lora_moe import cpu, native, ops, reference
 from torch_lora_moe.testing import Case, assert_within_budget, check_layer, make_inputs
 
-ROOT = Path(__file__).parent.parent
 NAN = float("nan")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, built by setup.py as an installation builds it."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("stubs")
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(out),
-        "--build-temp",
-        str(out / "temp"),
-    ]
-    built = subprocess.run(
-        command, cwd=ROOT, env={**_environment(), "LORA_MOE_BUILD_STUBS": "1"}, capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr[-4000:]
-    return out / "torch_lora_moe" / native.LIBRARY
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != native.DEFINED_BY}
 
 
 @pytest.fixture
@@ -51,14 +20,6 @@ def kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ kernels in place of the torch ones, for one test."""
     monkeypatch.setattr(native, "KERNELS", {})
     native.load(library)
-
-
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 def test_schemas_are_those_of_python_to_the_letter() -> None:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Exports the block, builds the C++ program and runs it: bash examples/aot_cpp/run.sh [FOLDER]
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-build/aot}
+python "$here/../export_aot.py" "$out"
+cmake -S "$here" -B "$out/cpp" -DCMAKE_BUILD_TYPE=Release \
+  -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+cmake --build "$out/cpp" --parallel 2
+"$out/cpp/aot_block" "$out"

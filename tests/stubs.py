@@ -1,0 +1,39 @@
+"""Builds the C++ library as an installation builds it, and runs scripts in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_lora_moe import native
+
+ROOT = Path(__file__).parent.parent
+
+
+def build(out: Path) -> Path:
+    """The library, built by setup.py."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    folders = ["--build-lib", str(out), "--build-temp", str(out / "temp")]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+    environment = {**_environment(), "LORA_MOE_BUILD_STUBS": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+    return out / "torch_lora_moe" / native.LIBRARY
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != native.DEFINED_BY}
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
