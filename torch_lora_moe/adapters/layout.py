@@ -8,6 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class AdapterFormatError(ValueError):
+    """A checkpoint that cannot be served as it is; the message names the file or key and the reason."""
+
+
 @dataclass(frozen=True)
 class ExpertsSpec:
     """Sizes of one MoE layer of the base model.

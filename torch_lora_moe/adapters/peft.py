@@ -1,9 +1,10 @@
 """Reads adapters that PEFT saved: ``adapter_config.json`` and ``adapter_model.safetensors``; never unpickles.
 
-Format read here: LoRA on fused expert parameters (``target_parameters`` on ``gate_up_proj`` / ``up_proj`` and
-``down_proj``, PEFT's ``ParamWrapper``). Everything else in a checkpoint is refused with the name of the key.
+Formats: a LoRA pair for each expert's linear layers (see ``per_expert``), and LoRA on fused expert parameters
+(``target_parameters`` on ``gate_up_proj`` / ``up_proj`` and ``down_proj``, PEFT's ``ParamWrapper``). Everything else in
+a checkpoint is refused with the name of the key.
 
-On disk, for a module ``<path>`` with ``E`` experts and rank ``r``:
+Fused parameters on disk, for a module ``<path>`` with ``E`` experts and rank ``r``:
 
 - both projections targeted: ``<path>.base_layer.lora_{A,B}.weight`` is gate_up, ``<path>.lora_{A,B}.weight`` is down;
 - one targeted: always ``<path>.lora_{A,B}.weight``, told apart by ``target_parameters``;
@@ -14,7 +15,6 @@ On disk, for a module ``<path>`` with ``E`` experts and rank ``r``:
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,17 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters import per_expert
+from torch_lora_moe.adapters.layout import Adapter, AdapterFormatError, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.scaling import rank_and_scaling
 
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 GATE_UP_NAMES = ("gate_up_proj", "up_proj")
 # The first version that stores fused experts as (in, out) for models with [E, out, in] weights.
 UNSWAPPED_SINCE = (0, 19, 1)
-
-
-class AdapterFormatError(ValueError):
-    """A checkpoint that cannot be served as it is; the message names the file or key and the reason."""
 
 
 def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter:
@@ -54,15 +52,24 @@ def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter
     config = _read_config(folder)
     tensors = _read_tensors(folder)
     sides: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
+    experts: dict[str, dict[tuple[int, str], dict[str, per_expert.Half]]] = {}
     for key, tensor in tensors.items():
-        module, inner, side = _parse_key(key, layers)
         if not torch.isfinite(tensor).all():
             raise AdapterFormatError(f"{key}: holds non-finite values")
+        place = per_expert.parse(key, key.removeprefix(PREFIX), layers)
+        if place is not None:
+            pair = experts.setdefault(place.layer, {}).setdefault((place.expert, place.projection), {})
+            pair[place.side] = per_expert.Half(key, tensor)
+            continue
+        module, inner, side = _parse_key(key, layers)
         sides.setdefault((module, inner), {})[side] = (key, tensor)
 
-    found: dict[str, ExpertsLoRA] = {}
+    found = {layer: per_expert.experts_lora(layer, pairs, layers[layer], config) for layer, pairs in experts.items()}
     for module in dict.fromkeys(module for module, _ in sides):
         pairs = {inner: sides[module, inner] for inner in (True, False) if (module, inner) in sides}
+        if module in found:
+            key = next(iter(sides[module, next(iter(pairs))].values()))[0]
+            raise AdapterFormatError(f"{key}: {module} has matrices of single experts too")
         found[module] = _experts_lora(module, pairs, layers[module], config)
     return Adapter(found)
 
@@ -187,17 +194,7 @@ def _matrices(
     if swapped:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     rank = a.shape[1]
-    alpha = _pattern(config.get("alpha_pattern"), parameter, config.get("lora_alpha", 8))
-    expected = _pattern(config.get("rank_pattern"), parameter, config.get("r", rank))
+    expected, scaling = rank_and_scaling(config, parameter, rank)
     if expected != rank:
         raise AdapterFormatError(f"{pair['A'][0]}: rank {rank}, but adapter_config.json says {expected}")
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return a.contiguous(), (b * scaling).contiguous()
-
-
-def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """PEFT's rule: the first pattern that matches the whole name or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default

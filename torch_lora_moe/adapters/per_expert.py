@@ -1,0 +1,119 @@
+"""PEFT checkpoints with a LoRA pair for each expert's own linear layers: adapters trained on Transformers 4 models.
+
+On disk ``<path>.experts.<e>.<projection>.lora_{A,B}.weight``: ``A`` is ``[r, in]``, ``B`` is ``[out, r]``. Projections
+are ``gate_proj``, ``up_proj`` and ``down_proj``, or Mixtral's ``w1``, ``w3`` and ``w2``. Any subset may be there; a
+missing one contributes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_lora_moe.adapters.layout import AdapterFormatError, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.scaling import rank_and_scaling
+
+KEY = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>[^.]+)\.lora_(?P<side>[AB])\.weight")
+PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+# What older versions called the module that holds the experts.
+OLD_PARENTS = ("block_sparse_moe", "feed_forward")
+
+
+class Place(NamedTuple):
+    """Where a key belongs: the MoE layer, the expert, the projection as the checkpoint names it, and the side."""
+
+    layer: str
+    expert: int
+    projection: str
+    side: str
+
+
+class Half(NamedTuple):
+    """One matrix and the key it was stored under."""
+
+    key: str
+    tensor: Tensor
+
+
+def parse(key: str, name: str, layers: Mapping[str, ExpertsSpec]) -> Place | None:
+    """The place of ``key``, whose name without PEFT's prefix is ``name``; None if it is of no single expert.
+
+    Raises:
+        AdapterFormatError: it is of an expert or a projection that the model has not.
+    """
+    match = KEY.fullmatch(name)
+    if match is None:
+        return None
+    layer = match["experts"]
+    for parent in OLD_PARENTS:
+        if layer not in layers:
+            layer = match["experts"].replace(f".{parent}.experts", ".mlp.experts")
+    if layer not in layers:
+        raise AdapterFormatError(f"{key}: {match['experts']} is no MoE layer of the model")
+    spec, expert, projection = layers[layer], int(match["expert"]), PROJECTIONS.get(match["projection"])
+    if expert >= spec.num_experts:
+        raise AdapterFormatError(f"{key}: expert {expert}, but {layer} has {spec.num_experts}")
+    if projection is None or (projection == "gate" and not spec.is_gated):
+        raise AdapterFormatError(f"{key}: the experts of {layer} have no {match['projection']}")
+    return Place(layer, expert, match["projection"], match["side"])
+
+
+def experts_lora(
+    layer: str, pairs: Mapping[tuple[int, str], Mapping[str, Half]], spec: ExpertsSpec, config: Mapping[str, Any]
+) -> ExpertsLoRA:
+    """The stacked matrices of one layer from its pairs by (expert, projection name), the scaling in B.
+
+    Ranks may differ from pair to pair; all are padded to the largest.
+
+    Raises:
+        AdapterFormatError: half a pair, or shapes that do not fit the model or the configuration.
+    """
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    sizes = {"gate": (hidden, inner), "up": (hidden, inner), "down": (inner, hidden)}
+    found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"gate": {}, "up": {}, "down": {}}
+    for (expert, name), halves in pairs.items():
+        projection = PROJECTIONS[name]
+        matrices = _matrices(f"{layer}.{expert}.{name}", halves, sizes[projection], config)
+        found[projection][expert] = matrices
+    parts = ["gate", "up"] if spec.is_gated else ["up"]
+    return ExpertsLoRA(*_stack([found[part] for part in parts], spec), *_stack([found["down"]], spec))
+
+
+def _matrices(
+    name: str, halves: Mapping[str, Half], features: tuple[int, int], config: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    for side in "AB":
+        if side not in halves:
+            raise AdapterFormatError(f"{next(iter(halves.values())).key}: its other half, lora_{side}, is missing")
+    a, b = halves["A"], halves["B"]
+    fits = a.tensor.dim() == b.tensor.dim() == 2 and a.tensor.shape[0] == b.tensor.shape[1]
+    if not fits or (a.tensor.shape[1], b.tensor.shape[0]) != features:
+        raise AdapterFormatError(
+            f"{a.key}: shapes {list(a.tensor.shape)} and {list(b.tensor.shape)} ({b.key}) fit no projection with "
+            f"{features[0]} input and {features[1]} output features"
+        )
+    # patterns are written for the name that the trained model had
+    trained = a.key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    rank, scaling = rank_and_scaling(config, trained, a.tensor.shape[0])
+    if rank != a.tensor.shape[0]:
+        raise AdapterFormatError(f"{a.key}: rank {a.tensor.shape[0]}, but adapter_config.json says {rank}")
+    return a.tensor, b.tensor * scaling
+
+
+def _stack(parts: list[dict[int, tuple[Tensor, Tensor]]], spec: ExpertsSpec) -> tuple[Tensor | None, Tensor | None]:
+    """A and B of one projection of all experts; part ``i`` owns the i-th half of A's rows and of B's."""
+    pairs = [pair for part in parts for pair in part.values()]
+    if not pairs:
+        return None, None
+    rank, width, in_features = max(a.shape[0] for a, _ in pairs), pairs[0][1].shape[0], pairs[0][0].shape[1]
+    stacked_a = torch.zeros(spec.num_experts, len(parts), rank, in_features)
+    stacked_b = torch.zeros(spec.num_experts, len(parts), width, rank)
+    for i, part in enumerate(parts):
+        for expert, (a, b) in part.items():
+            stacked_a[expert, i, : a.shape[0]] = a
+            stacked_b[expert, i, :, : a.shape[0]] = b
+    return stacked_a.flatten(1, 2), stacked_b.flatten(1, 2)
