@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -81,9 +85,9 @@ def test_mapping_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("a", adapter(4, seed=3), "name: 'a' is loaded already"),
+        ("a", adapter(4, seed=3), "name: 'a' is taken already"),
         ("big", adapter(16, seed=3), "source: rank 16 of 'big' is above max_lora_rank 8"),
-        ("third", adapter(4, seed=3), "name: no slot is free for 'third', all 2 are taken by"),
+        ("third", adapter(4, seed=3), "name: no slot is free for 'third': all 2 are pinned"),
     ],
 )
 def test_failed_load_changes_nothing(name: str, source: Adapter, message: str) -> None:
@@ -91,6 +95,8 @@ def test_failed_load_changes_nothing(name: str, source: Adapter, message: str) -
     pool.load("a", adapter(8, seed=1))
     if name == "third":
         pool.load("b", adapter(8, seed=2))
+        pool.pin("a")
+        pool.pin("b")
     names = pool.names
     before = [part.clone() for part in pool.lora("experts") if part is not None]
     with pytest.raises(ValueError, match=message):
@@ -103,3 +109,110 @@ def test_failed_load_changes_nothing(name: str, source: Adapter, message: str) -
 def test_sizes_are_checked(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="got 0, expected at least 1"):
         AdapterPool({"experts": SPEC}, **sizes)
+
+
+def held(pool: AdapterPool, name: str, source: Adapter) -> bool:
+    """Whether the slot of ``name`` is enabled and holds that adapter's down projection."""
+    slot, a = pool.slot(name), source.layers["experts"].down_a
+    stored = pool.lora("experts").down_a
+    assert a is not None
+    assert stored is not None
+    return bool(pool.adapter_enabled[slot]) and torch.equal(stored[slot][:, : a.shape[1]], a)
+
+
+class TestSwapping:
+    """More adapters than slots."""
+
+    def pool(self, slots: int = 2, known: int = 5) -> tuple[AdapterPool, dict[str, Adapter]]:
+        pool = AdapterPool({"experts": SPEC}, max_loras=slots, max_lora_rank=8)
+        sources = {name: adapter(4, seed=seed) for seed, name in enumerate("abcdefgh"[:known])}
+        for name, source in sources.items():
+            pool.add(name, source)
+        return pool, sources
+
+    def test_a_batch_gets_what_it_asks_for(self) -> None:
+        pool, sources = self.pool()
+        for batch in (["a", "b"], ["c", None, "c"], ["b", "c"], ["d", "e"], ["a", None]):
+            with pool.using(batch) as mapping:
+                assert mapping.tolist() == [-1 if name is None else pool.slot(name) for name in batch]
+                assert all(held(pool, name, sources[name]) for name in batch if name is not None)
+        assert pool.known == list("abcde")
+
+    def test_the_least_recently_used_goes(self) -> None:
+        pool, _ = self.pool(slots=3)
+        for name in "abc":
+            with pool.using([name]):
+                pass
+        with pool.using(["a"]):
+            pass
+        with pool.using(["d"]):
+            assert pool.names == ["c", "a", "d"]
+
+    def test_the_pinned_stay(self) -> None:
+        pool, _ = self.pool()
+        with pool.using(["a", "b"]):
+            pool.pin("a")
+        for name in "cde":
+            with pool.using([name]):
+                assert "a" in pool.names
+        pool.unpin("a")
+        with pool.using(["b", "c"]):
+            assert "a" not in pool.names
+
+    def test_a_running_batch_keeps_its_adapters(self) -> None:
+        pool, sources = self.pool()
+        with pool.using(["a"]):
+            with (
+                pool.using(["b"]),
+                pytest.raises(ValueError, match="no slot is free for 'c': all 2 are pinned, in use"),
+                pool.using(["c"]),
+            ):
+                pass
+            with pool.using(["c"]):
+                assert held(pool, "a", sources["a"])
+            with pytest.raises(ValueError, match="name: 'a' is in use by a running batch"):
+                pool.unload("a")
+        pool.unload("a")
+        assert "a" not in pool.known
+
+    def test_too_large_a_batch_evicts_nothing(self) -> None:
+        pool, _ = self.pool()
+        with pool.using(["a", "b"]):
+            pass
+        with pytest.raises(ValueError, match="no slot is free for 'c', 'd', 'e'"), pool.using(["c", "d", "e"]):
+            pass
+        assert pool.names == ["a", "b"]
+        with pytest.raises(KeyError, match="no adapter named 'x' is known"), pool.using(["c", "x"]):
+            pass
+        assert pool.names == ["a", "b"]
+
+    def test_a_source_that_fails_evicts_nothing(self, tmp_path: Path) -> None:
+        pool, _ = self.pool()
+        with pool.using(["a", "b"]):
+            pass
+        pool.add("gone", tmp_path / "gone")
+        with pytest.raises(FileNotFoundError), pool.using(["gone"]):
+            pass
+        assert pool.names == ["a", "b"]
+        with pool.using(["a"]):
+            assert pool.adapter_nbytes * 2 == pool.nbytes
+
+    def test_threads(self) -> None:
+        """Three threads with batches of two out of eight adapters, in six slots: there is always just enough room."""
+        pool, sources = self.pool(slots=6, known=8)
+        start = threading.Barrier(3)
+
+        def serve(seed: int) -> int:
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
+            start.wait()
+            served = 0
+            for i in range(60):
+                batch = [list(sources)[order[(i + k) % 8]] for k in range(2)]
+                with pool.using(batch) as mapping:
+                    assert mapping.tolist() == [pool.slot(name) for name in batch]
+                    assert all(held(pool, name, sources[name]) for name in batch)
+                    served += 1
+            return served
+
+        with ThreadPoolExecutor(3) as threads:
+            assert list(threads.map(serve, range(3))) == [60] * 3

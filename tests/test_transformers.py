@@ -80,6 +80,25 @@ def test_generate_with_left_padding_and_beams(beams: int, tmp_path: Path) -> Non
         assert torch.equal(tokens[row], expected[0])
 
 
+def test_more_adapters_than_slots(tmp_path: Path) -> None:
+    """Batch after batch finds its adapters in a pool that holds one at a time."""
+    model = qwen3_moe()
+    peft_model = with_peft(model, ADAPTERS, tmp_path)
+    pool = AdapterPool(expert_layers(model), max_loras=1, max_lora_rank=8)
+    for name in ADAPTERS:
+        pool.add(name, tmp_path / name)
+    enable(model, pool)
+    ids, mask = torch.randint(1, 64, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    for name in ("a", "b", "a"):
+        with torch.no_grad(), use_adapters(model, [name, None, name]):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        expected = alone(peft_model, name, ids, mask)
+        torch.testing.assert_close(logits[0::2], expected[0::2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[1:2], alone(peft_model, None, ids, mask)[1:2], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="no slot is free"), use_adapters(model, ["a", "b", None]):
+        pass
+
+
 def test_compiled_model_equals_eager_and_sees_swaps(tmp_path: Path) -> None:
     """Full graph; adapters come, go and change places without compiling again."""
     model, peft_model, pool = prepared(qwen3_moe, tmp_path)

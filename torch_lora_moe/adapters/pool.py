@@ -1,12 +1,15 @@
-"""A fixed number of adapter slots in static tensors, filled by name.
+"""A fixed number of adapter slots in static tensors, filled by name; more adapters than slots take turns.
 
 The tensors of a pool never move, so a compiled graph or a captured CUDA graph that reads them stays valid while
-adapters are loaded and unloaded.
+adapters come and go. A slot is enabled only when all of it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +21,9 @@ from torch_lora_moe.api import MoELoRA
 
 
 class AdapterPool:
-    """``max_loras`` adapter slots for every MoE layer of one model.
+    """``max_loras`` adapter slots for every MoE layer of one model; all methods may be called from any thread.
+
+    A full pool makes room by itself: the adapter that was used least recently goes, unless it is pinned or in use.
 
     Args:
         layers: the MoE layers by module name, see ``integrations.transformers.expert_layers``.
@@ -51,7 +56,12 @@ class AdapterPool:
         # of a tensor, so that it names the GPU where the argument only says cuda
         self.dtype, self.device = dtype, self.adapter_enabled.device
         self._weights = {name: self._empty_slots(spec) for name, spec in self.layers.items()}
+        self._sources: dict[str, str | Path | Adapter] = {}
+        # the least recently used first
         self._slots: dict[str, int] = {}
+        self._pinned: set[str] = set()
+        self._users: Counter[str] = Counter()
+        self._lock = threading.RLock()
 
     def _empty_slots(self, spec: ExpertsSpec) -> MoELoRA:
         slots, experts, rank = self.max_loras, spec.num_experts, self.max_lora_rank
@@ -66,8 +76,20 @@ class AdapterPool:
 
     @property
     def names(self) -> list[str]:
-        """Names of the loaded adapters."""
-        return list(self._slots)
+        """Names of the loaded adapters, the least recently used first."""
+        with self._lock:
+            return list(self._slots)
+
+    @property
+    def known(self) -> list[str]:
+        """Names of all adapters that a batch may ask for, loaded or not."""
+        with self._lock:
+            return list(self._sources)
+
+    @property
+    def adapter_nbytes(self) -> int:
+        """Bytes that one slot of all layers takes, whatever the rank of its adapter."""
+        return self.nbytes // self.max_loras
 
     @property
     def nbytes(self) -> int:
@@ -89,46 +111,82 @@ class AdapterPool:
         Raises:
             KeyError: no adapter of that name is loaded.
         """
-        if name not in self._slots:
-            raise KeyError(f"no adapter named {name!r} is loaded, there are {self.names}")
-        return self._slots[name]
+        with self._lock:
+            if name not in self._slots:
+                raise KeyError(f"no adapter named {name!r} is loaded, there are {self.names}")
+            return self._slots[name]
 
-    def load(self, name: str, source: str | Path | Adapter) -> int:
-        """Loads an adapter into a free slot; a failure leaves the pool as it was.
+    def add(self, name: str, source: str | Path | Adapter) -> None:
+        """Makes an adapter known without loading it; the first batch that asks for it does.
 
         Args:
             name: the name it is served under.
             source: folder of a PEFT adapter, or one already read.
 
+        Raises:
+            ValueError: the name is taken.
+        """
+        with self._lock:
+            if name in self._sources:
+                raise ValueError(f"name: {name!r} is taken already")
+            self._sources[name] = source
+
+    def load(self, name: str, source: str | Path | Adapter, *, pin: bool = False) -> int:
+        """Loads an adapter into a slot now; a failure leaves the pool as it was.
+
+        Args:
+            name: the name it is served under.
+            source: folder of a PEFT adapter, or one already read.
+            pin: keep it loaded until `unpin` or `unload`.
+
         Returns:
             its slot.
 
         Raises:
-            ValueError: the name is taken, no slot is free, the rank is above the pool's, or the checkpoint is refused.
+            ValueError: the name is taken, no slot can be freed, the rank is above the pool's, or the checkpoint is
+                refused.
             FileNotFoundError: the folder is no PEFT adapter.
         """
-        if name in self._slots:
-            raise ValueError(f"name: {name!r} is loaded already")
-        free = next((slot for slot in range(self.max_loras) if slot not in self._slots.values()), None)
-        if free is None:
-            raise ValueError(f"name: no slot is free for {name!r}, all {self.max_loras} are taken by {self.names}")
-        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.layers)
-        if adapter.rank > self.max_lora_rank:
-            raise ValueError(f"source: rank {adapter.rank} of {name!r} is above max_lora_rank {self.max_lora_rank}")
-        for layer, slots in self._weights.items():
-            self._fill(slots, free, adapter.layers.get(layer, ExpertsLoRA()), self.layers[layer])
-        self.adapter_enabled[free] = True
-        self._slots[name] = free
-        return free
+        if name in self.known:
+            raise ValueError(f"name: {name!r} is taken already")
+        adapter = self._read(name, source)
+        with self._lock:
+            self._make_room([name], keep=())
+            self.add(name, source)
+            if pin:
+                self._pinned.add(name)
+            return self._install(name, adapter)
 
     def unload(self, name: str) -> None:
-        """Frees the slot of an adapter; tokens still mapped to it run without one.
+        """Forgets an adapter and frees its slot; tokens still mapped to it run without one.
+
+        Raises:
+            KeyError: no adapter of that name is known.
+            ValueError: a running batch uses it.
+        """
+        with self._lock:
+            self._source(name)
+            if self._users[name]:
+                raise ValueError(f"name: {name!r} is in use by a running batch")
+            if name in self._slots:
+                self._evict(name)
+            self._pinned.discard(name)
+            del self._sources[name]
+
+    def pin(self, name: str) -> None:
+        """Keeps a loaded adapter in its slot until `unpin`.
 
         Raises:
             KeyError: no adapter of that name is loaded.
         """
-        self.adapter_enabled[self.slot(name)] = False
-        del self._slots[name]
+        with self._lock:
+            self.slot(name)
+            self._pinned.add(name)
+
+    def unpin(self, name: str) -> None:
+        """Lets a pinned adapter go again when room is needed."""
+        with self._lock:
+            self._pinned.discard(name)
 
     def token_lora_mapping(self, names: Sequence[str | None]) -> Tensor:
         """The slot of each name, ``[len(names)]`` int32 on the pool's device; -1 for None.
@@ -136,8 +194,83 @@ class AdapterPool:
         Raises:
             KeyError: an adapter is not loaded.
         """
-        slots = [-1 if name is None else self.slot(name) for name in names]
+        with self._lock:
+            slots = [-1 if name is None else self.slot(name) for name in names]
         return torch.tensor(slots, dtype=torch.int32, device=self.device)
+
+    @contextmanager
+    def using(self, names: Sequence[str | None]) -> Iterator[Tensor]:
+        """Loads what a batch needs and keeps it loaded inside; gives what `token_lora_mapping` gives.
+
+        Args:
+            names: one adapter name, or None, for each request.
+
+        Raises:
+            KeyError: an adapter is not known.
+            ValueError: the batch needs more adapters than there are slots that can be freed, or one cannot be read;
+                nothing was evicted then.
+            FileNotFoundError: the folder of one is gone.
+        """
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        self._acquire(wanted)
+        try:
+            yield self.token_lora_mapping(names)
+        finally:
+            with self._lock:
+                self._users.subtract(wanted)
+
+    def _acquire(self, wanted: list[str]) -> None:
+        """Loads the wanted adapters and counts them as used."""
+        with self._lock:
+            missing = {name: self._source(name) for name in wanted if name not in self._slots}
+        # files are read while other batches go on
+        adapters = {name: self._read(name, source) for name, source in missing.items()}
+        with self._lock:
+            for name in wanted:
+                self._source(name)
+            gone = [name for name in wanted if name not in self._slots]
+            self._make_room(gone, keep=wanted)
+            for name in gone:
+                self._install(name, adapters[name] if name in adapters else self._read(name, self._source(name)))
+            for name in wanted:
+                self._slots[name] = self._slots.pop(name)
+            self._users.update(wanted)
+
+    def _source(self, name: str) -> str | Path | Adapter:
+        if name not in self._sources:
+            raise KeyError(f"no adapter named {name!r} is known, there are {self.known}")
+        return self._sources[name]
+
+    def _read(self, name: str, source: str | Path | Adapter) -> Adapter:
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.layers)
+        if adapter.rank > self.max_lora_rank:
+            raise ValueError(f"source: rank {adapter.rank} of {name!r} is above max_lora_rank {self.max_lora_rank}")
+        return adapter
+
+    def _make_room(self, names: Sequence[str], keep: Iterable[str]) -> None:
+        """Evicts as many adapters as ``names`` need slots, none of them if they cannot all have one."""
+        free = self.max_loras - len(self._slots)
+        held = self._pinned | set(keep) | {name for name, users in self._users.items() if users}
+        evictable = [name for name in self._slots if name not in held]
+        if len(names) > free + len(evictable):
+            raise ValueError(
+                f"name: no slot is free for {', '.join(map(repr, names))}: all {self.max_loras} are pinned, in use or "
+                f"wanted by the same batch ({self.names})"
+            )
+        for name in evictable[: max(len(names) - free, 0)]:
+            self._evict(name)
+
+    def _evict(self, name: str) -> None:
+        self.adapter_enabled[self._slots.pop(name)] = False
+
+    def _install(self, name: str, adapter: Adapter) -> int:
+        """Writes an adapter into a free slot, and enables the slot last."""
+        slot = next(slot for slot in range(self.max_loras) if slot not in self._slots.values())
+        for layer, slots in self._weights.items():
+            self._fill(slots, slot, adapter.layers.get(layer, ExpertsLoRA()), self.layers[layer])
+        self.adapter_enabled[slot] = True
+        self._slots[name] = slot
+        return slot
 
     def _fill(self, slots: MoELoRA, slot: int, lora: ExpertsLoRA, spec: ExpertsSpec) -> None:
         """Writes one adapter's matrices into a slot, each half of A at its own offset, the rest zero."""

@@ -117,8 +117,8 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
         names: one adapter name, or None, for each request (row of ``input_ids``).
 
     Raises:
-        ValueError: the model is not enabled, or there are no names.
-        KeyError: an adapter is not loaded.
+        ValueError: the model is not enabled, there are no names, or more adapters than the pool can hold at once.
+        KeyError: an adapter is not known to the pool.
     """
     pool, requests = getattr(model, "lora_moe_pool", None), getattr(model, "lora_moe_requests", None)
     if not isinstance(pool, AdapterPool) or not isinstance(requests, RequestSlots):
@@ -126,11 +126,12 @@ def use_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[None
     if not names:
         raise ValueError("names: got none, expected one for each request")
     before = requests.slots.clone()
-    requests.set(pool.token_lora_mapping(names))
-    try:
-        yield
-    finally:
-        requests.set(before)
+    with pool.using(names) as slots:
+        requests.set(slots)
+        try:
+            yield
+        finally:
+            requests.set(before)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
