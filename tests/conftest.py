@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stubs
 import torch
+
+# the tests choose the kernels themselves, whatever was built into the package
+os.environ["LORA_MOE_STUBS"] = "0"
+
+import stubs
 
 from torch_lora_moe.testing import Case
 

@@ -31,9 +31,12 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != native.DEFINED_BY}
 
 
-def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own."""
+def run(
+    script: str, *arguments: object, folder: Path = ROOT, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, the package imported from ``folder``."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
+    variables = {**_environment(), "PYTHONPATH": str(folder), **(environment or {})}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done

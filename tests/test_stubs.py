@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ except (TypeError, ValueError) as error:
     assert done.stdout.splitlines()[0] == "(8, 11) torch.int32"
     assert done.stdout.splitlines()[1].startswith("topk_ids: got")
     assert "lora_moe" not in done.stderr, "nothing is defined twice and no kernel overridden"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_built_package_loads_it(library: Path, tmp_path: Path, wanted: bool) -> None:
+    shutil.copytree(ROOT / "torch_lora_moe", tmp_path / "torch_lora_moe", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copy(library, tmp_path / "torch_lora_moe")
+    script = """
+import torch_lora_moe.native
+from torch_lora_moe.testing import Case, check_layer, make_inputs
+inputs = make_inputs(Case())
+check_layer(inputs, inputs.run())
+print(torch_lora_moe.__file__, len(torch_lora_moe.native.KERNELS))
+"""
+    done = run(script, folder=tmp_path, environment={"LORA_MOE_STUBS": str(int(wanted))})
+    assert done.stdout.split() == [str(tmp_path / "torch_lora_moe" / "__init__.py"), "5" if wanted else "0"]
 
 
 def test_nothing_of_python_is_linked(library: Path) -> None:
