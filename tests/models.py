@@ -35,20 +35,20 @@ TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 def qwen3_moe(**sizes: Any) -> PreTrainedModel:
     inner = {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 6, "num_experts_per_tok": 2}
-    return _random(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**COMMON, **inner, **sizes})))
+    return randomized(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**COMMON, **inner, **sizes})))
 
 
 def mixtral() -> PreTrainedModel:
     inner = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return _random(MixtralForCausalLM(MixtralConfig(**COMMON, **inner)))
+    return randomized(MixtralForCausalLM(MixtralConfig(**COMMON, **inner)))
 
 
 def gpt_oss() -> PreTrainedModel:
     inner = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return _random(GptOssForCausalLM(GptOssConfig(**COMMON, **inner)))
+    return randomized(GptOssForCausalLM(GptOssConfig(**COMMON, **inner)))
 
 
-def _random(model: PreTrainedModel) -> PreTrainedModel:
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
