@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from torch_lora_moe.adapters import ExpertsLoRA, read_adapter
+from torch_lora_moe.adapters import ExpertsLoRA, adopt_adapter, read_adapter
 from torch_lora_moe.integrations.transformers import expert_layers
 
 LAYER = "model.layers.1.mlp.experts"
@@ -67,6 +67,21 @@ def test_deltas_are_peft_s(build: Callable[[], PreTrainedModel], options: dict[s
         if expected is not None:
             assert expected.abs().max() > 0.01
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, gpt_oss], ids=["qwen3_moe", "gpt_oss"])
+def test_a_live_model_gives_what_it_would_save(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    model = build()
+    peft_model = with_peft(model, {"one": {"r": 4}, "two": {"r": 6, "use_rslora": True}}, tmp_path)
+    layers = expert_layers(model)
+    for name in ("one", "two"):
+        saved, live = read_adapter(tmp_path / name, layers), adopt_adapter(peft_model, name, layers)
+        assert saved.layers.keys() == live.layers.keys()
+        for layer, lora in saved.layers.items():
+            for part, live_part in zip(lora, live.layers[layer], strict=True):
+                assert torch.equal(part, live_part)
+    with pytest.raises(KeyError, match=r"no adapter named 'three' in the PeftModel, there are \['one', 'two'\]"):
+        adopt_adapter(peft_model, "three", layers)
 
 
 def test_interleaved_transposed_storage(tmp_path: Path) -> None:

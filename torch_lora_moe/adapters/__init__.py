@@ -4,7 +4,7 @@ Nothing here is imported by the ops; `read_adapter` needs the ``[transformers]``
 """
 
 from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
-from torch_lora_moe.adapters.peft import read_adapter
+from torch_lora_moe.adapters.peft import adopt_adapter, read_adapter
 from torch_lora_moe.adapters.pool import AdapterPool
 
-__all__ = ["Adapter", "AdapterPool", "ExpertsLoRA", "ExpertsSpec", "read_adapter"]
+__all__ = ["Adapter", "AdapterPool", "ExpertsLoRA", "ExpertsSpec", "adopt_adapter", "read_adapter"]

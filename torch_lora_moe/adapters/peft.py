@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from torch import Tensor
 from torch_lora_moe.adapters import per_expert
 from torch_lora_moe.adapters.layout import Adapter, AdapterFormatError, ExpertsLoRA, ExpertsSpec
 from torch_lora_moe.adapters.scaling import rank_and_scaling
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PREFIX = "base_model.model."
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -50,7 +53,35 @@ def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter
     """
     folder = Path(path)
     config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    return _from_tensors(config, _read_tensors(folder), layers)
+
+
+def adopt_adapter(model: PeftModel, name: str, layers: Mapping[str, ExpertsSpec]) -> Adapter:
+    """An adapter of a live ``PeftModel``, as if it had been saved and read.
+
+    Args:
+        model: the model that PEFT wrapped.
+        name: the adapter's name there.
+        layers: the MoE layers of the base model by module name.
+
+    Returns:
+        a copy of the adapter, as `read_adapter` returns it.
+
+    Raises:
+        KeyError: the model has no adapter of that name.
+        AdapterFormatError: as for `read_adapter`.
+    """
+    import peft
+
+    if name not in model.peft_config:
+        raise KeyError(f"no adapter named {name!r} in the PeftModel, there are {list(model.peft_config)}")
+    config = {"peft_version": peft.__version__, **model.peft_config[name].to_dict()}
+    _check_config(config, f"adapter {name!r}")
+    tensors = peft.get_peft_model_state_dict(model, adapter_name=name)
+    return _from_tensors(config, {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}, layers)
+
+
+def _from_tensors(config: dict[str, Any], tensors: dict[str, Tensor], layers: Mapping[str, ExpertsSpec]) -> Adapter:
     sides: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
     experts: dict[str, dict[tuple[int, str], dict[str, per_expert.Half]]] = {}
     for key, tensor in tensors.items():
@@ -79,12 +110,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: {folder} is no PEFT adapter")
     config: dict[str, Any] = json.loads(file.read_text())
+    _check_config(config, str(file))
+    return config
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Refuses everything but plain LoRA matrices."""
     if config.get("peft_type") != "LORA":
-        raise AdapterFormatError(f"{file}: peft_type is {config.get('peft_type')!r}, only LORA is served")
+        raise AdapterFormatError(f"{where}: peft_type is {config.get('peft_type')!r}, only LORA is served")
     for option, plain in (("use_dora", False), ("lora_bias", False), ("bias", "none"), ("modules_to_save", None)):
         if config.get(option, plain) not in (plain, None, []):
-            raise AdapterFormatError(f"{file}: {option}={config[option]!r} is not served, only plain LoRA matrices are")
-    return config
+            raise AdapterFormatError(
+                f"{where}: {option}={config[option]!r} is not served, only plain LoRA matrices are"
+            )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
