@@ -11,8 +11,8 @@ from models import COMMON, randomized
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from torch_lora_moe.adapters import Adapter, AdapterPool, ExpertsLoRA, ExpertsSpec
-from torch_lora_moe.integrations.transformers import enable, expert_layers, use_adapters
+from torch_lora_moe.adapters import Adapter, AdapterPool, DenseLoRA, DenseSpec, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.integrations.transformers import dense_layers, enable, expert_layers, use_adapters
 
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 SHARED = {"moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
@@ -53,7 +53,15 @@ def tiny(family: str) -> PreTrainedModel:
     return randomized(AutoModelForCausalLM.from_config(config))
 
 
-def random_adapter(layers: dict[str, ExpertsSpec], rank: int, seed: int) -> Adapter:
+# linear layers outside the experts that the adapters of a family have matrices for too
+DENSE = {
+    "qwen2_moe": ["o_proj", "shared_expert.up_proj"],
+    "deepseek_v3": ["o_proj", "shared_experts.down_proj", "layers.0.mlp.up_proj"],
+    "glm4_moe": ["q_proj", "shared_experts.gate_proj"],
+}
+
+
+def random_adapter(layers: dict[str, ExpertsSpec], dense: dict[str, DenseSpec], rank: int, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -68,13 +76,17 @@ def random_adapter(layers: dict[str, ExpertsSpec], rank: int, seed: int) -> Adap
             normal(experts, rank, spec.intermediate_size),
             normal(experts, spec.hidden_size, rank),
         )
-    return Adapter(found)
+    pairs = {name: DenseLoRA(normal(rank, s.in_features), normal(s.out_features, rank)) for name, s in dense.items()}
+    return Adapter(found, pairs)
 
 
 def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """The model with the adapter's deltas in its weights."""
     model = copy.deepcopy(model)
     with torch.no_grad():
+        for name, pair in adapter.dense.items():
+            linear: Any = model.get_submodule(name)
+            linear.weight += pair.b @ pair.a
         for name, lora in adapter.layers.items():
             experts: Any = model.get_submodule(name)
             first = experts.gate_up_proj if experts.has_gate else experts.up_proj
@@ -93,8 +105,8 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_is_the_merged_models(family: str) -> None:
     model = tiny(family)
-    layers = expert_layers(model)
-    adapters = {"a": random_adapter(layers, 4, seed=1), "b": random_adapter(layers, 6, seed=2)}
+    layers, dense = expert_layers(model), dense_layers(model, DENSE.get(family, ["o_proj"]))
+    adapters = {"a": random_adapter(layers, dense, 4, seed=1), "b": random_adapter(layers, dense, 6, seed=2)}
     alone = {None: model, **{name: merged(model, adapter) for name, adapter in adapters.items()}}
     names = ["a", None, "b"]
     ids = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -102,7 +114,7 @@ def test_mixed_batch_is_the_merged_models(family: str) -> None:
         expected = torch.stack([alone[name](input_ids=ids).logits[row] for row, name in enumerate(names)])
         plain = model(input_ids=ids).logits
 
-    pool = AdapterPool(layers, max_loras=2, max_lora_rank=8)
+    pool = AdapterPool(layers, dense=dense, max_loras=2, max_lora_rank=8)
     for name, adapter in adapters.items():
         pool.load(name, adapter)
     enable(model, pool)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from torch_lora_moe.adapters import AdapterPool
-from torch_lora_moe.integrations.transformers import enable, expert_layers, use_adapters
+from torch_lora_moe.integrations.transformers import dense_layers, enable, expert_layers, use_adapters
 
 ADAPTERS = {"a": {"r": 4, "lora_alpha": 8}, "b": {"r": 6, "lora_alpha": 6, "use_rslora": True}}
 NAMES = ["a", None, "b", "a"]
@@ -78,6 +78,39 @@ def test_generate_with_left_padding_and_beams(beams: int, tmp_path: Path) -> Non
             peft_model.set_adapter(name)
             expected = peft_model.generate(**inputs, **options)
         assert torch.equal(tokens[row], expected[0])
+
+
+DENSE = {
+    "a": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "b": {"r": 6, "target_modules": ["o_proj"], "use_rslora": True},
+    "dense_only": {"r": 8, "target_modules": ["q_proj"], "target_parameters": [], "rank_pattern": {"layers.1.*": 3}},
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_of_the_same_adapters(compiled: bool, tmp_path: Path) -> None:
+    model = qwen3_moe()
+    peft_model = with_peft(model, DENSE, tmp_path)
+    dense = dense_layers(model, ["q_proj", "v_proj", "self_attn.o_proj"])
+    pool = AdapterPool(expert_layers(model), dense=dense, max_loras=3, max_lora_rank=8)
+    for name in DENSE:
+        pool.add(name, tmp_path / name)
+    for _ in range(2):  # a second time changes nothing
+        enable(model, pool)
+    names = ["a", None, "b", "dense_only"]
+    ids, mask = torch.randint(1, 64, (4, 7)), torch.ones(4, 7, dtype=torch.int64)
+    torch._dynamo.reset()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    with torch.no_grad(), use_adapters(model, names):
+        logits = forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    plain = alone(peft_model, None, ids, mask)
+    for row, name in enumerate(names):
+        expected = alone(peft_model, name, ids[row : row + 1], mask[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+        assert ((expected - plain[row]).abs().max() > 0.01) == (name is not None)
+    with pytest.raises(ValueError, match="no linear layer of Qwen3MoeForCausalLM is named 'p_proj'"):
+        dense_layers(model, ["p_proj"])
+    assert pool.nbytes == pool.adapter_nbytes * 3
 
 
 def test_more_adapters_than_slots(tmp_path: Path) -> None:

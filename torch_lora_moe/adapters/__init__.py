@@ -3,8 +3,17 @@
 Nothing here is imported by the ops; `read_adapter` needs the ``[transformers]`` extra (safetensors).
 """
 
-from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.layout import Adapter, DenseLoRA, DenseSpec, ExpertsLoRA, ExpertsSpec
 from torch_lora_moe.adapters.peft import adopt_adapter, read_adapter
 from torch_lora_moe.adapters.pool import AdapterPool
 
-__all__ = ["Adapter", "AdapterPool", "ExpertsLoRA", "ExpertsSpec", "adopt_adapter", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "AdapterPool",
+    "DenseLoRA",
+    "DenseSpec",
+    "ExpertsLoRA",
+    "ExpertsSpec",
+    "adopt_adapter",
+    "read_adapter",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,6 +41,21 @@ class ExpertsSpec:
         return self.num_slices * self.intermediate_size
 
 
+@dataclass(frozen=True)
+class DenseSpec:
+    """Sizes of one linear layer outside the experts (attention, a shared expert): input and output features."""
+
+    in_features: int
+    out_features: int
+
+
+class DenseLoRA(NamedTuple):
+    """One adapter's matrices for one linear layer: ``a`` ``[r, in]``, ``b`` ``[out, r]`` with the scaling folded in."""
+
+    a: Tensor
+    b: Tensor
+
+
 class ExpertsLoRA(NamedTuple):
     """One adapter's matrices for one MoE layer at the adapter's own rank ``r``, scaling folded into B.
 
@@ -61,11 +76,13 @@ class ExpertsLoRA(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter: its matrices by the name of the MoE layer in the base model."""
+    """A whole adapter: its matrices by the name of the MoE layer, or of the linear layer, in the base model."""
 
     layers: dict[str, ExpertsLoRA]
+    dense: dict[str, DenseLoRA] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
         """The largest rank of any layer."""
-        return max((layer.rank for layer in self.layers.values()), default=0)
+        ranks = [layer.rank for layer in self.layers.values()] + [pair.a.shape[0] for pair in self.dense.values()]
+        return max(ranks, default=0)

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from torch_lora_moe.adapters import per_expert
-from torch_lora_moe.adapters.layout import Adapter, AdapterFormatError, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.layout import (
+    Adapter,
+    AdapterFormatError,
+    DenseLoRA,
+    DenseSpec,
+    ExpertsLoRA,
+    ExpertsSpec,
+)
 from torch_lora_moe.adapters.scaling import rank_and_scaling
 
 if TYPE_CHECKING:
@@ -37,12 +44,15 @@ GATE_UP_NAMES = ("gate_up_proj", "up_proj")
 UNSWAPPED_SINCE = (0, 19, 1)
 
 
-def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter:
+def read_adapter(
+    path: str | Path, layers: Mapping[str, ExpertsSpec], dense: Mapping[str, DenseSpec] | None = None
+) -> Adapter:
     """Reads a PEFT adapter from the folder ``path``, memory-mapped.
 
     Args:
         path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         layers: the MoE layers of the base model by module name.
+        dense: its linear layers that adapters may have matrices for, likewise; others are refused.
 
     Returns:
         the adapter in fp32, at its own rank, with the scaling ``alpha / r`` (``alpha / sqrt(r)`` with rslora) in B.
@@ -53,16 +63,19 @@ def read_adapter(path: str | Path, layers: Mapping[str, ExpertsSpec]) -> Adapter
     """
     folder = Path(path)
     config = _read_config(folder)
-    return _from_tensors(config, _read_tensors(folder), layers)
+    return _from_tensors(config, _read_tensors(folder), layers, dense or {})
 
 
-def adopt_adapter(model: PeftModel, name: str, layers: Mapping[str, ExpertsSpec]) -> Adapter:
+def adopt_adapter(
+    model: PeftModel, name: str, layers: Mapping[str, ExpertsSpec], dense: Mapping[str, DenseSpec] | None = None
+) -> Adapter:
     """An adapter of a live ``PeftModel``, as if it had been saved and read.
 
     Args:
         model: the model that PEFT wrapped.
         name: the adapter's name there.
         layers: the MoE layers of the base model by module name.
+        dense: its linear layers that adapters may have matrices for, likewise; others are refused.
 
     Returns:
         a copy of the adapter, as `read_adapter` returns it.
@@ -78,15 +91,26 @@ def adopt_adapter(model: PeftModel, name: str, layers: Mapping[str, ExpertsSpec]
     config = {"peft_version": peft.__version__, **model.peft_config[name].to_dict()}
     _check_config(config, f"adapter {name!r}")
     tensors = peft.get_peft_model_state_dict(model, adapter_name=name)
-    return _from_tensors(config, {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}, layers)
+    copies = {key: tensor.detach().float().cpu() for key, tensor in tensors.items()}
+    return _from_tensors(config, copies, layers, dense or {})
 
 
-def _from_tensors(config: dict[str, Any], tensors: dict[str, Tensor], layers: Mapping[str, ExpertsSpec]) -> Adapter:
+def _from_tensors(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    layers: Mapping[str, ExpertsSpec],
+    dense: Mapping[str, DenseSpec],
+) -> Adapter:
     sides: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
     experts: dict[str, dict[tuple[int, str], dict[str, per_expert.Half]]] = {}
+    linear: dict[str, dict[str, per_expert.Half]] = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterFormatError(f"{key}: holds non-finite values")
+        match = KEY.fullmatch(key.removeprefix(PREFIX))
+        if match is not None and match["module"] in dense:
+            linear.setdefault(match["module"], {})[match["side"]] = per_expert.Half(key, tensor)
+            continue
         place = per_expert.parse(key, key.removeprefix(PREFIX), layers)
         if place is not None:
             pair = experts.setdefault(place.layer, {}).setdefault((place.expert, place.projection), {})
@@ -102,7 +126,10 @@ def _from_tensors(config: dict[str, Any], tensors: dict[str, Tensor], layers: Ma
             key = next(iter(sides[module, next(iter(pairs))].values()))[0]
             raise AdapterFormatError(f"{key}: {module} has matrices of single experts too")
         found[module] = _experts_lora(module, pairs, layers[module], config)
-    return Adapter(found)
+    pairs_of = {name: (dense[name].in_features, dense[name].out_features) for name in linear}
+    return Adapter(
+        found, {name: DenseLoRA(*per_expert.linear_pair(linear[name], size, config)) for name, size in pairs_of.items()}
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -146,7 +173,7 @@ def _parse_key(key: str, layers: Mapping[str, ExpertsSpec]) -> tuple[str, bool, 
     inner = module.endswith(".base_layer")
     module = module.removesuffix(".base_layer")
     if module not in layers:
-        raise AdapterFormatError(f"{key}: {module} is no MoE layer of the model (only expert weights are served)")
+        raise AdapterFormatError(f"{key}: {module} is no MoE layer of the model and no linear layer served")
     return module, inner, match["side"]
 
 

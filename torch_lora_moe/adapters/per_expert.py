@@ -77,15 +77,19 @@ def experts_lora(
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {"gate": {}, "up": {}, "down": {}}
     for (expert, name), halves in pairs.items():
         projection = PROJECTIONS[name]
-        matrices = _matrices(f"{layer}.{expert}.{name}", halves, sizes[projection], config)
-        found[projection][expert] = matrices
+        found[projection][expert] = linear_pair(halves, sizes[projection], config)
     parts = ["gate", "up"] if spec.is_gated else ["up"]
     return ExpertsLoRA(*_stack([found[part] for part in parts], spec), *_stack([found["down"]], spec))
 
 
-def _matrices(
-    name: str, halves: Mapping[str, Half], features: tuple[int, int], config: Mapping[str, Any]
+def linear_pair(
+    halves: Mapping[str, Half], features: tuple[int, int], config: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
+    """``A [r, in]`` and ``B [out, r]`` of one linear layer with the given input and output features, the scaling in B.
+
+    Raises:
+        AdapterFormatError: half a pair, or shapes that do not fit the model or the configuration.
+    """
     for side in "AB":
         if side not in halves:
             raise AdapterFormatError(f"{next(iter(halves.values())).key}: its other half, lora_{side}, is missing")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_lora_moe.adapters.layout import Adapter, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.adapters.layout import Adapter, DenseLoRA, DenseSpec, ExpertsLoRA, ExpertsSpec
 from torch_lora_moe.adapters.peft import read_adapter
 from torch_lora_moe.api import MoELoRA
 
@@ -29,6 +29,8 @@ class AdapterPool:
         layers: the MoE layers by module name, see ``integrations.transformers.expert_layers``.
         max_loras: slots ``L``.
         max_lora_rank: padded rank ``R``; adapters of a smaller rank are zero-padded.
+        dense: linear layers outside the experts that adapters may have matrices for, likewise, see ``dense_layers``
+            there; an adapter with matrices for any other layer is refused.
         dtype: dtype of the stored matrices, that of the model's hidden states.
         device: where they live.
 
@@ -42,6 +44,7 @@ class AdapterPool:
         *,
         max_loras: int,
         max_lora_rank: int,
+        dense: Mapping[str, DenseSpec] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -50,12 +53,13 @@ class AdapterPool:
         for name, value in (("max_loras", max_loras), ("max_lora_rank", max_lora_rank)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        self.layers = dict(layers)
+        self.layers, self.dense = dict(layers), dict(dense or {})
         self.max_loras, self.max_lora_rank = max_loras, max_lora_rank
         self.adapter_enabled = torch.zeros(max_loras, dtype=torch.bool, device=device)
         # of a tensor, so that it names the GPU where the argument only says cuda
         self.dtype, self.device = dtype, self.adapter_enabled.device
         self._weights = {name: self._empty_slots(spec) for name, spec in self.layers.items()}
+        self._dense = {name: self._empty_pair(spec) for name, spec in self.dense.items()}
         self._sources: dict[str, str | Path | Adapter] = {}
         # the least recently used first
         self._slots: dict[str, int] = {}
@@ -73,6 +77,13 @@ class AdapterPool:
         )
         a13, b13, a2, b2 = (torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)
         return MoELoRA(a13, b13, a2, b2, self.adapter_enabled)
+
+    def _empty_pair(self, spec: DenseSpec) -> DenseLoRA:
+        shapes = (
+            (self.max_loras, 1, self.max_lora_rank, spec.in_features),
+            (self.max_loras, 1, spec.out_features, self.max_lora_rank),
+        )
+        return DenseLoRA(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes))
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +105,8 @@ class AdapterPool:
     @property
     def nbytes(self) -> int:
         """Bytes that all slots of all layers take."""
-        parts = (part for lora in self._weights.values() for part in lora[:4] if part is not None)
+        parts = [part for lora in self._weights.values() for part in lora[:4] if part is not None]
+        parts += [part for pair in self._dense.values() for part in pair]
         return sum(part.numel() * part.element_size() for part in parts)
 
     def lora(self, layer: str) -> MoELoRA:
@@ -104,6 +116,14 @@ class AdapterPool:
             KeyError: the pool has no such layer.
         """
         return self._weights[layer]
+
+    def dense_lora(self, layer: str) -> DenseLoRA:
+        """The stacked matrices of one linear layer, ``[L, 1, R, in]`` and ``[L, 1, out, R]``, always the same tensors.
+
+        Raises:
+            KeyError: the pool has no such layer.
+        """
+        return self._dense[layer]
 
     def slot(self, name: str) -> int:
         """The slot of a loaded adapter.
@@ -242,7 +262,7 @@ class AdapterPool:
         return self._sources[name]
 
     def _read(self, name: str, source: str | Path | Adapter) -> Adapter:
-        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.layers)
+        adapter = source if isinstance(source, Adapter) else read_adapter(source, self.layers, self.dense)
         if adapter.rank > self.max_lora_rank:
             raise ValueError(f"source: rank {adapter.rank} of {name!r} is above max_lora_rank {self.max_lora_rank}")
         return adapter
@@ -268,6 +288,12 @@ class AdapterPool:
         slot = next(slot for slot in range(self.max_loras) if slot not in self._slots.values())
         for layer, slots in self._weights.items():
             self._fill(slots, slot, adapter.layers.get(layer, ExpertsLoRA()), self.layers[layer])
+        for layer, pair in self._dense.items():
+            lora = adapter.dense.get(layer)
+            for target, source, dim in ((pair.a[slot, 0], lora and lora.a, 0), (pair.b[slot, 0], lora and lora.b, 1)):
+                target.zero_()
+                if source is not None:
+                    target.narrow(dim, 0, source.shape[dim]).copy_(source)
         self.adapter_enabled[slot] = True
         self._slots[name] = slot
         return slot

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from torch_lora_moe import reference
-from torch_lora_moe.adapters import AdapterPool, ExpertsSpec
-from torch_lora_moe.api import MoELoRA, fused_experts
+from torch_lora_moe.adapters import AdapterPool, DenseLoRA, DenseSpec, ExpertsSpec
+from torch_lora_moe.api import MoELoRA, fused_experts, virtual_experts_lora_add
 
 NAME = "lora_moe"
 
@@ -66,6 +66,20 @@ class LayerBinding(nn.Module):
         return MoELoRA(*(getattr(self, name) for name in MoELoRA._fields))
 
 
+class DenseBinding(nn.Module):
+    """What one linear layer needs to run with adapters: a MoE layer of one expert, which every token takes."""
+
+    a: Tensor
+    b: Tensor
+    adapter_enabled: Tensor
+
+    def __init__(self, lora: DenseLoRA, adapter_enabled: Tensor, requests: RequestSlots) -> None:
+        super().__init__()
+        for name, value in (("a", lora.a), ("b", lora.b), ("adapter_enabled", adapter_enabled)):
+            self.register_buffer(name, value, persistent=False)
+        self.requests = requests
+
+
 def expert_layers(model: nn.Module) -> dict[str, ExpertsSpec]:
     """The MoE layers of a Transformers model that can be served, by module name.
 
@@ -80,12 +94,35 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertsSpec]:
     return specs
 
 
+def dense_layers(model: nn.Module, names: Sequence[str]) -> dict[str, DenseSpec]:
+    """The linear layers outside the experts whose name ends in one of ``names``, by module name.
+
+    Args:
+        model: a Transformers model.
+        names: last parts of module names, such as ``q_proj`` or ``shared_expert.up_proj``.
+
+    Raises:
+        ValueError: no linear layer has one of the names.
+    """
+    found: dict[str, DenseSpec] = {}
+    for suffix in names:
+        matches = {
+            name: DenseSpec(module.in_features, module.out_features)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and (name == suffix or name.endswith(f".{suffix}"))
+        }
+        if not matches:
+            raise ValueError(f"names: no linear layer of {type(model).__name__} is named {suffix!r}")
+        found |= matches
+    return found
+
+
 def enable(model: nn.Module, pool: AdapterPool) -> None:
     """Runs the experts of ``model`` through this package, with the adapters of ``pool``.
 
     Args:
         model: a Transformers model on the pool's device, in the pool's dtype.
-        pool: made for ``expert_layers(model)``.
+        pool: made for ``expert_layers(model)``, and ``dense_layers`` where adapters have more than experts.
 
     Raises:
         ValueError: the model cannot be served, or the pool was made for another model, device or dtype.
@@ -103,6 +140,14 @@ def enable(model: nn.Module, pool: AdapterPool) -> None:
         module: Any = model.get_submodule(name)
         activation, alpha, limit = _activation(name, module)
         module.lora_moe = LayerBinding(pool.lora(name), requests, activation, alpha, limit)
+    for handle in getattr(model, "lora_moe_handles", ()):
+        handle.remove()
+    handles = []
+    for name in pool.dense:
+        linear = model.get_submodule(name)
+        linear.lora_moe = DenseBinding(pool.dense_lora(name), pool.adapter_enabled, requests)
+        handles.append(linear.register_forward_hook(add_dense))
+    model.lora_moe_handles = handles  # type: ignore[assignment]
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     model.lora_moe_pool, model.lora_moe_requests = pool, requests  # type: ignore[assignment]
@@ -159,6 +204,24 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         swiglu_alpha=binding.alpha,
         swiglu_limit=binding.limit,
     )
+
+
+def add_dense(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Forward hook of a linear layer: adds each token's delta to its output."""
+    binding: Any = module.lora_moe
+    x, out = inputs[0].flatten(0, -2).contiguous(), output.flatten(0, -2)
+    tokens = x.shape[0]
+    virtual_experts_lora_add(
+        out.unsqueeze(1),
+        x,
+        binding.a,
+        binding.b,
+        torch.zeros(tokens, 1, dtype=torch.int32, device=x.device),
+        None,
+        binding.requests.per_token(tokens),
+        adapter_enabled=binding.adapter_enabled,
+    )
+    return out.view(output.shape)
 
 
 def _is_experts(module: nn.Module) -> bool:
