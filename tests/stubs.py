@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from torch_lora_moe import native
 
@@ -17,8 +14,6 @@ ROOT = Path(__file__).parent.parent
 
 def build(out: Path) -> Path:
     """The library, built by setup.py."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
     folders = ["--build-lib", str(out), "--build-temp", str(out / "temp")]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
     environment = {**_environment(), "LORA_MOE_BUILD_STUBS": "1"}

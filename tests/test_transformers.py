@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from torch_lora_moe.adapters import AdapterPool
+from torch_lora_moe.adapters import AdapterPool, DenseSpec
 from torch_lora_moe.integrations.transformers import dense_layers, enable, expert_layers, use_adapters
 
 ADAPTERS = {"a": {"r": 4, "lora_alpha": 8}, "b": {"r": 6, "lora_alpha": 6, "use_rslora": True}}
@@ -193,6 +193,15 @@ class TestRefused:
         pool = AdapterPool(expert_layers(mixtral()), max_loras=1, max_lora_rank=4)
         with pytest.raises(ValueError, match="pool: its layers are not those of the model"):
             enable(qwen3_moe(), pool)
+
+    def test_pool_with_dense_layers_of_another_model(self) -> None:
+        model = qwen3_moe()
+        pool = AdapterPool(
+            expert_layers(model), dense={"model.q_proj": DenseSpec(32, 32)}, max_loras=1, max_lora_rank=4
+        )
+        with pytest.raises(ValueError, match=r"pool: its dense layer model\.q_proj is no such linear layer"):
+            enable(model, pool)
+        assert not hasattr(model, "lora_moe_pool")
 
     def test_pool_of_another_dtype(self) -> None:
         model = qwen3_moe()

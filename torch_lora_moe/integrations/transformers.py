@@ -130,6 +130,13 @@ def enable(model: nn.Module, pool: AdapterPool) -> None:
     specs = expert_layers(model)
     if specs != pool.layers:
         raise ValueError("pool: its layers are not those of the model, expected expert_layers(model)")
+    linear_layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, spec in pool.dense.items():
+        found = linear_layers.get(name)
+        if found is None or (found.in_features, found.out_features) != (spec.in_features, spec.out_features):
+            raise ValueError(
+                f"pool: its dense layer {name} is no such linear layer of the model, expected dense_layers"
+            )
     parameter = _first_weight(model.get_submodule(next(iter(specs))))
     if parameter.device != pool.device or parameter.dtype != pool.dtype:
         raise ValueError(

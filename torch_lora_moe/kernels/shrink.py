@@ -126,9 +126,20 @@ def shrink_runs(
     release_consumer(PDL)
     if CLEAR:
         _clear_skipped(
-            out, rows, topk_ids, mapping, enabled, num_pairs, top_k, num_experts, max_loras, ROWS, HAS_ENABLED, BLOCK_M,
+            out,
+            rows,
+            topk_ids,
+            mapping,
+            enabled,
+            num_pairs,
+            top_k,
+            num_experts,
+            max_loras,
+            ROWS,
+            HAS_ENABLED,
+            BLOCK_M,
             BLOCK_R,
-        )  # fmt: skip
+        )
     run, used = tl.program_id(0), num_runs(schedule, num_pairs)
     while run < used:
         virtual, first, count = load_run(schedule, num_pairs, run)
