@@ -8,16 +8,17 @@
 namespace lora_moe {
 namespace {
 
-constexpr int64_t kRows = 8, kRunRows = 256, kUnsortedPairs = 1024;
+constexpr int64_t kRows = 9, kRunRows = 256, kUnsortedPairs = 1024;
 
 int64_t expert_tile_rows(int64_t num_pairs, int64_t num_experts) {
   int64_t rows = 16;
-  while (rows < 128 && rows * num_experts < num_pairs) rows *= 2;
+  while (rows < 128 && 2 * rows * num_experts < 3 * num_pairs) rows *= 2;
   return rows;
 }
 
-bool lora_sorts(int64_t num_pairs, int64_t num_virtual_experts) {
-  return num_pairs > kUnsortedPairs || num_pairs > std::max<int64_t>(64, 2 * num_virtual_experts);
+bool cuts_runs(int64_t num_pairs, int64_t num_virtual_experts) {
+  const bool many = num_pairs > kUnsortedPairs || num_pairs >= std::max<int64_t>(64, num_virtual_experts);
+  return num_virtual_experts > 0 && many;
 }
 
 // Three rows of the schedule (id, start, rows) that are filled entry by entry.
@@ -59,10 +60,15 @@ Tensor route(Tensor topk_ids, Optional mapping, Optional enabled, int64_t num_ex
       tiles.add(group.weight, row, std::min(height, group.end - row));
     }
   }
-  if (lora_sorts(routing.num_pairs, num_experts * max_loras)) {
+  int32_t* run_ids = data + 8 * width;
+  run_ids[width - 1] = 0;
+  if (cuts_runs(routing.num_pairs, num_experts * max_loras)) {
+    run_ids[width - 1] = static_cast<int32_t>(pairs.size());
     for (const Group& group : groups_of(pairs, [&](int32_t pair) { return routing.virtual_expert(pair); })) {
+      if (group.weight < 0) std::fill(run_ids + group.begin, run_ids + group.end, static_cast<int32_t>(runs.used));
       for (int64_t row = group.begin; group.weight >= 0 && row < group.end;) {
         const int64_t stop = std::min(group.end, (row / kRunRows + 1) * kRunRows);
+        std::fill(run_ids + row, run_ids + stop, static_cast<int32_t>(runs.used));
         runs.add(group.weight, row, stop - row);
         row = stop;
       }

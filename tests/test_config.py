@@ -11,7 +11,19 @@ import torch
 
 import torch_lora_moe
 from torch_lora_moe import config
-from torch_lora_moe.config import HEURISTICS, LaunchConfig, launch_config
+from torch_lora_moe.config import (
+    HEURISTICS,
+    LaunchConfig,
+    Product,
+    TileConfig,
+    down_config,
+    expected_tiles,
+    fitted,
+    gate_up_config,
+    launch_config,
+    layer_shrink_config,
+    vector_config,
+)
 
 CPU = torch.device("cpu")
 TABLES = sorted((Path(torch_lora_moe.__file__).parent / "configs").glob("*.json"))
@@ -68,3 +80,70 @@ def test_a_tile_is_no_larger_than_the_problem() -> None:
 def test_far_shapes_and_other_kernels_take_the_heuristics() -> None:
     assert launch_config("expand_runs", 64, 768, 64, CPU) == HEURISTICS["expand_runs"](64, 768, 64)
     assert launch_config("shrink_runs", 4096, 128, 2048, CPU) == HEURISTICS["shrink_runs"](4096, 128, 2048)
+
+
+PRODUCTS = [
+    Product(rows, tiles, columns, inner, itemsize, rank, has_runs)
+    for rows in (16, 32, 64, 128)
+    for tiles in (2.0, 300.0)
+    for columns, inner in ((768, 2048), (48, 100), (352, 2880), (14336, 4096))
+    for itemsize in (2, 4)
+    for rank, has_runs in ((0, False), (16, False), (16, True), (12, True), (128, True))
+]
+
+
+def is_power_of_two(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0
+
+
+def legal(config: TileConfig) -> bool:
+    sizes = (config.block_m, config.block_n, config.block_k, config.num_warps, config.lora_columns)
+    return all(map(is_power_of_two, sizes)) and min(sizes[:3]) >= 16 and min(config.num_stages, config.lora_stages) >= 1
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_tiles_are_legal_and_fit(product: Product) -> None:
+    for is_gated in (True, False):
+        for tile, parts in ((gate_up_config(product, is_gated), 1 + is_gated), (down_config(product), 1)):
+            assert legal(tile)
+            assert tile.block_m == product.rows
+            # little of the last block is wasted, and nothing is wider than it must be
+            covered = -(-product.columns // tile.block_n) * tile.block_n
+            assert covered <= max(1.125 * product.columns, product.columns + 31)
+            stage = (tile.block_m + parts * tile.block_n) * tile.block_k * product.itemsize
+            for limit in (227 * 1024, 163 * 1024, 99 * 1024):
+                held = fitted(tile, parts * tile.block_n, product.itemsize, limit)
+                assert held.num_stages <= tile.num_stages
+                assert held.num_stages == 1 or held.num_stages * stage <= limit
+            # what was tuned on Hopper is not cut down there
+            assert fitted(tile, parts * tile.block_n, product.itemsize, 227 * 1024) == tile
+
+
+@pytest.mark.parametrize("num_pairs", [1, 8, 100, 1024, 40000])
+@pytest.mark.parametrize(("outer", "inner"), [(4, 16), (32, 2048), (24, 100), (512, 14336)])
+@pytest.mark.parametrize("has_runs", [True, False])
+def test_layer_shrinks_are_legal(num_pairs: int, outer: int, inner: int, has_runs: bool) -> None:
+    chosen, planes = layer_shrink_config(num_pairs, 64, outer, inner, has_runs)
+    assert all(map(is_power_of_two, (chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps)))
+    assert 1 <= planes <= max(1, inner // 256)
+    assert has_runs or planes == 1
+
+
+def test_few_runs_are_split() -> None:
+    assert layer_shrink_config(4096, 8, 32, 4096, True)[1] > 1
+    assert layer_shrink_config(4096, 1024, 32, 4096, True)[1] == 1
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("inner", [16, 768, 2048, 14336])
+@pytest.mark.parametrize("is_down", [True, False])
+def test_vector_steps_are_legal(inner: int, rank: int, is_down: bool) -> None:
+    for rows_contiguous in (True, False):
+        chosen = vector_config(inner, rank, rows_contiguous, 2, is_down)
+        assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
+        assert 1 <= chosen.unroll <= 4
+
+
+def test_expected_tiles() -> None:
+    assert expected_tiles(8, 128, 16) == pytest.approx(7.75, abs=0.1)
+    assert expected_tiles(10**6, 128, 128) == pytest.approx(10**6 / 128)

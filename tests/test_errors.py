@@ -263,7 +263,7 @@ OPS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "shrink schedule": (
         lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, *TOKENS, SCHEDULE[:, 1:], 6),
-        "schedule: got shape [8, 34], expected [8, pairs + 1] = [8, 35]",
+        "schedule: got shape [9, 34], expected [9, pairs + 1] = [9, 35]",
     ),
     "shrink split": (
         lambda: torch.ops.lora_moe.lora_shrink(GOOD.hidden_states, LORA.gate_up_a, *TOKENS, None, 6, 0),

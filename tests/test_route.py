@@ -14,7 +14,7 @@ from torch_lora_moe.testing import Case, Inputs, make_inputs
 def oracle(inputs: Inputs) -> torch.Tensor:
     case, pairs = inputs.case, inputs.topk_ids.numel()
     tile_rows = routing.expert_tile_rows(pairs, case.num_experts)
-    run_rows = routing.RUN_ROWS if routing.lora_sorts(pairs, case.num_experts * case.max_loras) else 0
+    run_rows = routing.RUN_ROWS if routing.cuts_runs(pairs, case.num_experts * case.max_loras) else 0
     return reference.route(inputs.topk_ids, inputs.slots, case.num_experts, tile_rows, run_rows)
 
 
@@ -81,7 +81,7 @@ def test_no_mapping_means_no_adapter() -> None:
 
 
 def test_worked_example_of_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: True)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: True)
     topk_ids, mapping = torch.tensor([[1], [0], [1], [1]]), torch.tensor([0, -1, -1, 0])
     rows = [
         line.split()

@@ -108,8 +108,9 @@ def fused_experts(
         swiglu_alpha,
         swiglu_limit,
     )
-    if routing_cache is not None:
-        checks.check_fused(call)
+    if routing_cache is not None and _needs_schedule(call):
+        if "schedule" not in routing_cache:
+            checks.check_fused(call)
         max_loras = call.max_loras
         enabled = adapter_enabled if max_loras else None
         schedule = routing.cached_schedule(
@@ -118,6 +119,15 @@ def fused_experts(
         call = call._replace(schedule=schedule)
     out: Tensor = ops.fused_experts(*call)
     return out
+
+
+def _needs_schedule(call: FusedArguments) -> bool:
+    try:
+        return routing.layer_needs_schedule(call.topk_ids.shape[0], call.hidden_states.device.type)
+    except (AttributeError, IndexError):
+        # not the tensors that they should be: the check says which
+        checks.check_fused(call)
+        raise
 
 
 def virtual_experts_lora_add(

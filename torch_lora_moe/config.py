@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 
+# Below this many programs of an expert product the last of them leave much of the GPU idle.
+FEW_PROGRAMS = 1024
+# Shared memory that a tile needs beside its stages, to turn its result around.
+EPILOGUE_MEMORY = 32 * 1024
 # Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
 FARTHEST = 3.0
 
@@ -125,3 +129,163 @@ def shrink_planes(num_pairs: int, in_features: int, sorts: bool) -> int:
     if sorts:
         return 2 if in_features >= 2048 else 1
     return max(1, min(8, in_features // 256))
+
+
+def layer_shrink_config(
+    num_pairs: int, num_virtual_experts: int, outer: int, inner: int, has_runs: bool
+) -> tuple[LaunchConfig, int]:
+    """The configuration and planes of a shrink inside the whole layer.
+
+    The products behind it read every plane again, so A's rows are shared among programs before its columns are.
+    ``block_m`` 1 is ``shrink_pairs``; more without runs is ``shrink_streams``.
+    """
+    deep, wide = max(16, power_of_two(inner)), max(16, power_of_two(outer))
+    if has_runs:
+        per_run = num_pairs // num_virtual_experts
+        block_m = 64 if per_run >= 24 else 32 if per_run >= 12 else 16
+        block_n = min(128 if block_m == 64 else 64, wide)
+        block_k = min(128 if block_m == 16 else 64, deep)
+        planes = max(1, min(8, inner // 256, 128 // min(num_pairs, num_virtual_experts)))
+        return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), planes
+    if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
+        return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1
+    rows = 16
+    while rows > 4 and num_pairs * -(-outer // rows) < 256:
+        rows //= 2
+    return LaunchConfig(1, min(rows, power_of_two(outer)), min(512, deep), 4, 1), 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the tile of an expert product is chosen by.
+
+    ``rows`` pairs to a tile and ``tiles`` of them (expected), ``columns`` of the output (of the activation for
+    gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), and whether the schedule
+    has runs.
+    """
+
+    rows: int
+    tiles: float
+    columns: int
+    inner: int
+    itemsize: int
+    rank: int
+    has_runs: bool
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How an expert product is cut: ``block_m`` pairs by ``block_n`` output columns (of each slice), ``block_k`` deep.
+
+    ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
+    at once, and with ``lora_preload`` B of the first one before the base product; ``tma``: weights come through a
+    tensor descriptor where the GPU has it and the weight allows it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    lora_columns: int = 64
+    lora_stages: int = 1
+    lora_preload: bool = False
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once."""
+
+    block_n: int
+    block_k: int
+    unroll: int
+    num_warps: int
+
+
+def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, is_down: bool) -> VectorConfig:
+    """The configuration of a product of weights and a vector of ``inner`` elements, with LoRA of ``rank`` (0: none).
+
+    ``is_down``: the product of all experts of a token, which is unrolled over them.
+    """
+    deep = max(16, power_of_two(inner))
+    if not rows_contiguous:
+        # neighbours in memory are rows: many of them at once
+        return VectorConfig(64, min(32, deep), 2, 4)
+    if is_down and not rank:
+        return VectorConfig(4, min(1024, deep), 1, 4)
+    block_k = min(512 if inner % 512 == 0 and not is_down else 256, deep)
+    unroll = min(4, -(-inner // block_k))
+    return VectorConfig(4, block_k, unroll, 2) if is_down else VectorConfig(16 // itemsize, block_k, unroll, 4)
+
+
+def _columns(size: int, most: int) -> int:
+    """The widest block up to ``most`` columns that leaves little of the last one unused, from 16 on."""
+    block = most
+    while block > 32 and -(-size // block) * block > 1.125 * size:
+        block //= 2
+    return max(16, min(block, power_of_two(size)))
+
+
+def expected_tiles(num_pairs: int, num_experts: int, rows: int) -> float:
+    """Expert tiles of a batch whose pairs fall on experts at random."""
+    return max(num_experts * (1 - math.exp(-num_pairs / num_experts)), num_pairs / rows)
+
+
+def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
+    """The tile of the gate_up product."""
+    rows, columns, lora = product.rows, product.columns, _lora_steps(product)
+    wide, deep = 1 if is_gated else 2, max(16, power_of_two(product.inner))
+    if product.itemsize == 4:
+        return TileConfig(rows, _columns(columns, 32 * wide), min(32, deep), 4, 2)
+    if rows == 16:
+        block_n = _columns(columns, 64 * wide)
+        # few programs are cut narrower, so that the last of them do not run alone
+        if product.tiles * -(-columns // block_n) < 2 * FEW_PROGRAMS:
+            block_n = _columns(columns, 32 * wide)
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
+    if rows == 32:
+        return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 4, 3, *lora)
+    if rows == 64:
+        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
+    return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, tma=True)
+
+
+def down_config(product: Product) -> TileConfig:
+    """The tile of the down product."""
+    rows, columns, lora = product.rows, product.columns, _lora_steps(product)
+    deep = max(16, power_of_two(product.inner))
+    if product.itemsize == 4:
+        return TileConfig(rows, _columns(columns, 64), min(32, deep), 4, 2)
+    if rows == 16:
+        block_n = _columns(columns, 128)
+        if product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
+            block_n = _columns(columns, 64)
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
+    if rows < 128:
+        preload = rows == 64 and product.rank <= 32
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
+    return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True)
+
+
+def fitted(config: TileConfig, block_n: int, itemsize: int, shared_memory: int) -> TileConfig:
+    """``config`` with as many stages as ``shared_memory`` bytes hold; ``block_n``: weight rows of one step."""
+    stage = (config.block_m + block_n) * config.block_k * itemsize
+    stages = max(1, min(config.num_stages, (shared_memory - EPILOGUE_MEMORY) // stage))
+    return replace(config, num_stages=stages)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have."""
+    if device.type != "cuda":
+        return 1 << 20
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
+
+
+def _lora_steps(product: Product) -> tuple[int, int, bool]:
+    """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks."""
+    if product.rank > 32 and product.has_runs:
+        return 64, 2, False
+    return (128, 1, True) if product.rows == 16 else (64, 1, False)

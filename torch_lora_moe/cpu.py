@@ -55,8 +55,11 @@ def route(
     _put(schedule[routing.SORTED_VIRTUAL_IDS], virtual)
     tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
     _put_tiles(schedule[routing.EXPERT_TILE_IDS : routing.EXPERT_TILE_ROWS + 1], experts, tile_rows)
-    if routing.lora_sorts(num_pairs, num_experts * max_loras):
+    if routing.cuts_runs(num_pairs, num_experts * max_loras):
         _put_runs(schedule[routing.LORA_RUN_IDS : routing.LORA_RUN_ROWS + 1], virtual)
+        starts = schedule[routing.LORA_RUN_STARTS, : schedule[routing.LORA_RUN_STARTS, -1]]
+        started = torch.searchsorted(starts, torch.arange(virtual.numel(), dtype=torch.int32), right=True)
+        _put(schedule[routing.SORTED_RUN_IDS], torch.where(virtual >= 0, started - 1, started))
     return schedule
 
 

@@ -7,11 +7,9 @@ device memory on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from torch_lora_moe import checks, routing
@@ -19,89 +17,12 @@ from torch_lora_moe.checks import like
 from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two, shrink_planes
 from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
+from torch_lora_moe.plans import Plan, on_device, remember
 
-# Plans kept for one op; batches of many sizes must not fill the memory.
-MAX_PLANS = 4096
 # Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
 MOST_RUN_PROGRAMS = 2048
 # Above this many pairs ranking every pair against all others costs more than two more launches.
 RANKED_PAIRS = 4096
-
-
-class Plan:
-    """One kernel with its grid and constants; the compiled kernel is kept after the first launch.
-
-    The first ``aligned`` arguments are tensors whose data a compiled kernel expects at multiples of 16 bytes.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        constants: dict[str, Any],
-        config: tuple[int, int] = (4, 1),
-        dependent: bool = False,
-        aligned: int = 0,
-    ) -> None:
-        self.kernel, self.grid, self.constants = kernel, grid, tuple(constants.values())
-        self.options: dict[str, Any] = {"num_warps": config[0], "num_stages": config[1]}
-        if dependent:
-            self.options["launch_pdl"] = True
-        self.aligned = aligned
-        self.compiled: Any = None
-
-    def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
-        """Launches on the current stream: ``tensors`` are the kernel's first arguments, ``sizes`` the next."""
-        # a launch from addresses spares Triton two calls for each tensor
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        bits = 0
-        for pointer in pointers[: self.aligned]:
-            bits |= pointer
-        compiled = self.compiled
-        if compiled is None or bits % 16 or _profiled():
-            compiled = self.kernel[self.grid](*tensors, *sizes, *self.constants, **self.options)
-            if not bits % 16:
-                self.compiled = compiled
-            return
-        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-        # the call that Triton's own launch ends in, without the binding of arguments before it
-        compiled.run(
-            *self.grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *pointers,
-            *sizes,
-            *self.constants,
-        )
-
-
-def _profiled() -> bool:
-    """Whether someone (a profiler) listens to Triton's launches."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
-def remember(plans: dict[Any, Any], key: Any, plan: Any) -> None:
-    """Keeps a plan, all of them up to `MAX_PLANS`."""
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-
-
-def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs ``function`` with the device of its first argument current."""
-
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not first.is_cuda or first.get_device() == torch._C._cuda_getDevice():
-            return function(first, *args, **kwargs)
-        with torch.cuda.device(first.device):
-            return function(first, *args, **kwargs)
-
-    return run
 
 
 _ROUTE_PLANS: dict[Any, Any] = {}
@@ -145,13 +66,13 @@ class RoutePlan:
         columns = 8 if bins <= 1024 else 1
         self.launches: list[Plan] = []
         self.cut: Plan | None = None
-        if mapped and routing.lora_sorts(num_pairs, num_experts * max_loras):
+        if routing.cuts_runs(num_pairs, num_experts * max_loras):
             chunk = 1024 if num_pairs <= 65536 else 4096
             runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": 8192, "PDL": pdl}
             self.cut = Plan(route_kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, (8, 1), pdl)
         if num_pairs <= RANKED_PAIRS:
             ks = power_of_two(top_k)
-            tokens = min(1024, max(64, power_of_two(num_pairs))) // ks
+            tokens = min(512, max(64, power_of_two(num_pairs))) // ks
             blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "BLOCK_P": 16, "BLOCK_C": columns}
             wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
             grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
@@ -162,7 +83,7 @@ class RoutePlan:
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
         wide = (max_loras + 1) * num_tokens >= 2**31
-        order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 1024}
+        order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 512}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(64, 8192 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
@@ -237,7 +158,10 @@ def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
 
 
 class ShrinkPlan:
-    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed."""
+    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed.
+
+    ``eager``: the kernel after it may start at once, see ``kernels.shrink``.
+    """
 
     def __init__(
         self,
@@ -251,13 +175,17 @@ class ShrinkPlan:
         split_k: int | None = None,
         config: LaunchConfig | None = None,
         clear: bool = True,
+        eager: bool = False,
+        sorts: bool | None = None,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
-        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras)
+        self.sorts = routing.lora_sorts(num_pairs, num_experts * max_loras) if sorts is None else sorts
         self.split_k = shrink_planes(num_pairs, in_features, self.sorts) if split_k is None else split_k
         kernel = "shrink_runs" if self.sorts else "shrink_pairs"
         config = config or launch_config(kernel, num_pairs, rows, in_features, hidden_states.device)
+        if not self.sorts and config.block_m > 1:
+            kernel = "shrink_streams"
         blocks = -(-in_features // config.block_k)
         pdl = has_dependent_launch(hidden_states.device)
         chunk = -(-blocks // self.split_k) * config.block_k
@@ -272,7 +200,8 @@ class ShrinkPlan:
         }
         if self.sorts:
             constants |= {"CLEAR": clear, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k}
+        constants |= {"EAGER": eager, "PDL": pdl}
         first = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         grid = (first, -(-rows // config.block_n), self.split_k)
         self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)

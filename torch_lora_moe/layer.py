@@ -1,119 +1,318 @@
-"""The whole layer on a GPU, from the stages: route, grouped GEMMs, LoRA between them, activation, sum over experts."""
+"""The whole layer on a GPU, LoRA folded into its two products.
+
+One token: shrink, then two products of weights and vectors, the second of which sums over experts (``kernels.matvec``).
+More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
+tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
+ended, and waits for it where it first reads what that one writes.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import FusedArguments, like
-from torch_lora_moe.config import power_of_two
-from torch_lora_moe.kernels import experts as kernels
-from torch_lora_moe.launch import Plan, lora_add_, on_device, remember, route
+from torch_lora_moe.config import (
+    Product,
+    TileConfig,
+    down_config,
+    expected_tiles,
+    fitted,
+    gate_up_config,
+    has_dependent_launch,
+    layer_shrink_config,
+    power_of_two,
+    shared_memory,
+    vector_config,
+)
+from torch_lora_moe.kernels import down, gate_up, matvec
+from torch_lora_moe.launch import ShrinkPlan, route
+from torch_lora_moe.plans import Plan, on_device, remember
 
-_PLANS: dict[object, LayerPlan] = {}
+
+def _strides(w: Tensor) -> dict[str, Any]:
+    return dict(zip(("STRIDE_E", "STRIDE_N", "STRIDE_I"), w.stride(), strict=True))
 
 
-class LayerPlan:
-    """The launches of the base layer for one set of shapes."""
+def _is_matrix(w: Tensor, block_k: int) -> bool:
+    """Whether a tensor descriptor can stand for a weight: rows in steps of 16 bytes, experts one behind the other."""
+    size = w.element_size()
+    whole = w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) and w.stride(1) * size % 16 == 0
+    return whole and w.data_ptr() % 16 == 0 and w.shape[2] >= block_k and w.shape[0] * w.shape[1] < 2**31
+
+
+class _Shrink:
+    """The rank vectors of one projection inside the layer."""
+
+    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool, eager: bool) -> None:
+        num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
+        sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], x.shape[1], sorts)
+        config, planes = layer_shrink_config(*sizes)
+        tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, None)
+        how = {"config": config, "clear": False, "eager": eager, "sorts": sorts}
+        self.plan = ShrinkPlan(x, a, *tokens, num_experts, planes, **how)  # type: ignore[arg-type]
+        # a sum of one plane is rounded where it is made, as the product would
+        self.dtype = x.dtype if planes == 1 else torch.float32
+        self.shape, self.planes = (planes, num_pairs, a.shape[2]), planes
+
+    def __call__(self, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None) -> Tensor:
+        shrunk = x.new_empty(self.shape, dtype=self.dtype)
+        mapping = call.token_lora_mapping
+        assert mapping is not None
+        self.plan(x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule)
+        return shrunk
+
+
+class TilePlan:
+    """The launches of a layer over the tiles of the sorted order."""
 
     def __init__(self, call: FusedArguments) -> None:
-        (self.num_tokens, self.top_k), self.num_experts = call.topk_ids.shape, call.w13.shape[0]
-        self.num_pairs = num_pairs = self.num_tokens * self.top_k
-        self.max_loras = call.max_loras
-        inner, hidden = call.w2.shape[2], call.w2.shape[1]
-        x_stride = call.hidden_states.stride(0)
-        self.gate_up = self._gemm(call.w13, x_stride, call.w13_bias, call.interleaved, False)
-        self.down = self._gemm(call.w2, inner, call.w2_bias, False, True)
-        block = min(1024, max(16, power_of_two(inner)))
-        act = {"SIZE": inner, "IS_GATED": call.is_gated, "ACTIVATION": call.activation, "BLOCK": block}
-        self.act = Plan(kernels.activate_rows, (num_pairs, -(-inner // block), 1), act, aligned=2)
-        block = min(1024, max(16, power_of_two(hidden)))
-        grid = (self.num_tokens, -(-hidden // block), 1)
-        self.sum = Plan(kernels.sum_pairs, grid, {"SIZE": hidden, "BLOCK": block}, aligned=3)
+        x, (num_tokens, self.top_k) = call.hidden_states, call.topk_ids.shape
+        self.num_pairs, self.num_experts = num_tokens * self.top_k, call.w13.shape[0]
+        self.max_loras, pdl = call.max_loras, has_dependent_launch(x.device)
+        self.rows = routing.expert_tile_rows(self.num_pairs, self.num_experts)
+        self.tiles = min(self.num_pairs, self.num_pairs // self.rows + self.num_experts)
+        self.hidden, self.inner = x.shape[1], call.w2.shape[2]
+        h = x.new_empty(self.num_pairs, self.inner)
+        self.has_runs = routing.cuts_runs(self.num_pairs, self.num_experts * self.max_loras)
+        self.gate_up_shrink = self.down_shrink = None
+        if call.gate_up_a is not None:
+            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs, False)
+        if call.down_a is not None:
+            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, True)
+        self.gate_up = self._gate_up(call, pdl)
+        self.down = self._down(call, pdl)
+        block = min(1024, max(16, power_of_two(self.hidden)))
+        constants = {"TOP_K": self.top_k, "SIZE": self.hidden, "BLOCK": block, "PDL": pdl}
+        grid = (num_tokens, -(-self.hidden // block), 1)
+        self.sum = Plan(down.sum_pairs, grid, constants, (4, 1), pdl, aligned=3)
 
-    def _gemm(self, w: Tensor, x_stride: int, bias: Tensor | None, interleaved: bool, weighted: bool) -> Plan:
-        _, out_features, in_features = w.shape
-        rows = routing.expert_tile_rows(self.num_pairs, self.num_experts)
-        block_n = min(128 if rows >= 64 else 64, max(16, power_of_two(out_features)))
-        block_k = min(64, max(16, power_of_two(in_features)))
-        constants = {
-            "STRIDE_X": x_stride,
-            **dict(zip(("STRIDE_E", "STRIDE_N", "STRIDE_I"), w.stride(), strict=True)),
-            "IN": in_features,
-            "OUT": out_features,
-            "INTERLEAVED": interleaved,
-            "HAS_BIAS": bias is not None,
-            "HAS_WEIGHTS": weighted,
-            "BLOCK_M": rows,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
+    def _tiles(
+        self, config: TileConfig, rank: int, planes: int, shared: bool, early: bool, tma: bool
+    ) -> dict[str, Any]:
+        ranks = min(64, config.lora_columns, power_of_two(rank)) if rank else 16
+        return {
+            "RANK": rank,
+            "NUM_PLANES": planes,
+            "SHARED": shared,
+            "GROUPS": max(1, config.lora_columns // ranks),
+            "BLOCK_R": ranks,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "HALVES": config.block_m == 128,
+            "HAS_RUNS": self.has_runs,
+            "PRELOAD": config.lora_preload and 0 < rank <= ranks,
+            "LORA_STAGES": config.lora_stages,
+            "TMA": tma,
+            "EARLY": early,
         }
-        tiles = min(self.num_pairs, self.num_pairs // rows + self.num_experts)
-        wide = w.element_size() == 4
-        grid = (-(-out_features // block_n), tiles, 1)
-        return Plan(kernels.expert_gemm, grid, constants, (4, 2 if wide else 4), aligned=6)
+
+    def _product(self, w: Tensor, columns: int, rank: int) -> Product:
+        tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
+        return Product(self.rows, tiles, columns, w.shape[2], w.element_size(), rank, self.has_runs)
+
+    def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
+        w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink
+        rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
+        config = gate_up_config(self._product(w, self.inner, rank), call.is_gated)
+        config = fitted(config, config.block_n * call.num_slices, w.element_size(), shared_memory(w.device))
+        width = config.block_n * (2 if call.interleaved else 1)
+        tma = config.tma and pdl and _is_matrix(w, config.block_k)
+        constants = {
+            "STRIDE_X": call.hidden_states.stride(0),
+            **_strides(w),
+            "IN": self.hidden,
+            "SLICE": self.inner,
+            "IS_GATED": call.is_gated,
+            "INTERLEAVED": call.interleaved,
+            "ACTIVATION": call.activation,
+            "HAS_BIAS": call.w13_bias is not None,
+            **self._tiles(
+                config, rank, planes, b is not None and b.shape[1] < self.num_experts, shrink is not None, tma
+            ),
+            "PDL": pdl,
+        }
+        grid = (-(-self.inner // config.block_n), self.tiles, 1)
+        options = (config.num_warps, config.num_stages)
+        block = [width, config.block_k] if tma else None
+        return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrix_block=block)
+
+    def _down(self, call: FusedArguments, pdl: bool) -> Plan:
+        w, b, shrink = call.w2, call.down_b, self.down_shrink
+        rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
+        config = down_config(self._product(w, self.hidden, rank))
+        config = fitted(config, config.block_n, w.element_size(), shared_memory(w.device))
+        tma = config.tma and pdl and _is_matrix(w, config.block_k)
+        shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, True, tma)
+        constants = {
+            **_strides(w),
+            "IN": self.inner,
+            "OUT": self.hidden,
+            "HAS_BIAS": call.w2_bias is not None,
+            **shape,
+            "PDL": pdl,
+        }
+        grid = (-(-self.hidden // config.block_n), self.tiles, 1)
+        options = (config.num_warps, config.num_stages)
+        block = [config.block_n, config.block_k] if tma else None
+        return Plan(down.down_tiles, grid, constants, options, pdl, aligned=6, matrix_block=block)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
-        x, ids = call.hidden_states, call.topk_ids
-        if self.num_pairs == 0:
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        schedule = call.schedule
+        x, ids, schedule = call.hidden_states, call.topk_ids, call.schedule
         if schedule is None:
             enabled = call.adapter_enabled if self.max_loras else None
             schedule = route(ids, call.token_lora_mapping, enabled, self.num_experts, self.max_loras)
-        gate_up = x.new_empty(self.num_pairs, call.w13.shape[1])
-        self._run_gemm(self.gate_up, x, call.w13, call.w13_bias, gate_up, schedule, call.topk_weights, self.top_k)
-        self._add_lora(call, x, gate_up, call.gate_up_a, call.gate_up_b, schedule, call.num_slices)
-        h = x.new_empty(self.num_pairs, call.w2.shape[2])
-        self.act((gate_up, h), call.swiglu_alpha, call.swiglu_limit)
-        y = x.new_empty(self.num_pairs, call.w2.shape[1])
-        self._run_gemm(self.down, h, call.w2, call.w2_bias, y, schedule, call.topk_weights, 1)
-        self._add_lora(call, h, y, call.down_a, call.down_b, schedule, 1)
+        h = x.new_empty(self.num_pairs, self.inner)
+        y = x.new_empty(self.num_pairs, self.hidden)
         out = x.new_empty(x.shape)
-        sizes = (call.routed_scaling_factor, self.top_k, self.num_experts)
-        self.sum((y, ids, out), *sizes)
+        shrunk, b = y, call.w13
+        if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
+            shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, schedule), call.gate_up_b
+        bias = call.w13 if call.w13_bias is None else call.w13_bias
+        sizes = (self.num_pairs, self.top_k, self.num_experts, call.swiglu_alpha, call.swiglu_limit)
+        self.gate_up((x, call.w13, bias, h, shrunk, b, schedule), *sizes)
+        shrunk, b = h, call.w2
+        if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
+            shrunk, b = self.down_shrink(call, h, call.down_a, schedule), call.down_b
+        bias = call.w2 if call.w2_bias is None else call.w2_bias
+        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights)
+        self.down(tensors, self.num_pairs, self.num_experts)
+        self.sum((y, ids, out), call.routed_scaling_factor, self.num_experts)
         return out
 
-    def _run_gemm(
-        self,
-        plan: Plan,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        out: Tensor,
-        schedule: Tensor,
-        weights: Tensor,
-        pairs_per_row: int,
-    ) -> None:
-        plan((x, w, w if bias is None else bias, out, schedule, weights), self.num_pairs, pairs_per_row)
 
-    def _add_lora(
-        self,
-        call: FusedArguments,
-        x: Tensor,
-        rows: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        schedule: Tensor,
-        slices: int,
-    ) -> None:
-        if a is None or b is None or call.token_lora_mapping is None:
-            return
-        weights = call.topk_weights if a is call.down_a else None
-        tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, schedule)
-        lora_add_(rows.view(self.num_tokens, self.top_k, -1), x, a, b, *tokens, weights, slices)
+class TokenPlan:
+    """The launches of a layer for one token, no two of whose pairs share an expert."""
+
+    def __init__(self, call: FusedArguments) -> None:
+        x, w13, w2, (num_tokens, top_k) = call.hidden_states, call.w13, call.w2, call.topk_ids.shape
+        self.num_pairs, self.top_k, self.num_experts = num_tokens * top_k, top_k, w13.shape[0]
+        self.max_loras, self.inner = call.max_loras, w2.shape[2]
+        h = x.new_empty(self.num_pairs, self.inner)
+        self.gate_up_shrink = self.down_shrink = None
+        if call.gate_up_a is not None:
+            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False, False)
+        if call.down_a is not None:
+            self.down_shrink = _Shrink(call, h, call.down_a, False, True)
+        self.gate_up, self.down = self._gate_up(call), self._down(call)
+
+    def _lora(self, b: Tensor | None, shrink: _Shrink | None) -> dict[str, Any]:
+        rank = 0 if b is None else b.shape[3]
+        return {
+            "RANK": rank,
+            "RANK_POW2": power_of_two(max(rank, 1)),
+            "NUM_PLANES": 1 if shrink is None else shrink.planes,
+            "SHARED": b is not None and b.shape[1] < self.num_experts,
+        }
+
+    def _gate_up(self, call: FusedArguments) -> Plan:
+        x, w = call.hidden_states, call.w13
+        rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
+        config, pdl = (
+            vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), False),
+            has_dependent_launch(x.device),
+        )
+        constants = {
+            "STRIDE_X": x.stride(0),
+            **_strides(w),
+            "IN": w.shape[2],
+            "SLICE": self.inner,
+            "IS_GATED": call.is_gated,
+            "INTERLEAVED": call.interleaved,
+            "ACTIVATION": call.activation,
+            "HAS_BIAS": call.w13_bias is not None,
+            "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
+            **self._lora(call.gate_up_b, self.gate_up_shrink),
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "UNROLL": config.unroll,
+            "EARLY": self.gate_up_shrink is not None,
+            "PDL": pdl,
+        }
+        grid = (self.num_pairs, -(-self.inner // config.block_n), 1)
+        return Plan(matvec.gate_up_pairs, grid, constants, (config.num_warps, 1), pdl, aligned=6)
+
+    def _down(self, call: FusedArguments) -> Plan:
+        x, w = call.hidden_states, call.w2
+        rank = 0 if call.down_b is None else call.down_b.shape[3]
+        config, pdl = (
+            vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True),
+            has_dependent_launch(x.device),
+        )
+        constants = {
+            **_strides(w),
+            "IN": self.inner,
+            "OUT": w.shape[1],
+            "TOP_K": self.top_k,
+            "HAS_BIAS": call.w2_bias is not None,
+            "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
+            **self._lora(call.down_b, self.down_shrink),
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "UNROLL": config.unroll,
+            "PDL": pdl,
+        }
+        grid = (self.num_pairs // self.top_k, -(-w.shape[1] // config.block_n), 1)
+        return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=6)
+
+    def __call__(self, call: FusedArguments) -> Tensor:
+        """Runs the layer."""
+        x, ids, w13, w2 = call.hidden_states, call.topk_ids, call.w13, call.w2
+        mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
+        enabled = ids if call.adapter_enabled is None else call.adapter_enabled
+        h, out = x.new_empty(self.num_pairs, self.inner), x.new_empty(x.shape)
+        shrunk, b = h, w13
+        if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
+            shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, None), call.gate_up_b
+        bias = w13 if call.w13_bias is None else call.w13_bias
+        sizes = (self.num_pairs, self.top_k, self.num_experts, self.max_loras)
+        tensors = (x, w13, bias, h, shrunk, b, ids, mapping, enabled)
+        self.gate_up(tensors, *sizes, call.swiglu_alpha, call.swiglu_limit)
+        shrunk, b = h, w2
+        if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
+            shrunk, b = self.down_shrink(call, h, call.down_a, None), call.down_b
+        bias = w2 if call.w2_bias is None else call.w2_bias
+        inputs = (h, w2, bias, out, shrunk, b, ids, mapping, enabled, call.topk_weights)
+        self.down(inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
+        return out
+
+
+class EmptyPlan:
+    """No token, nothing to launch."""
+
+    def __init__(self, call: FusedArguments) -> None:
+        pass
+
+    def __call__(self, call: FusedArguments) -> Tensor:
+        """An empty result."""
+        return torch.empty_like(call.hidden_states, memory_format=torch.contiguous_format)
+
+
+def _plan(call: FusedArguments) -> TilePlan | TokenPlan | EmptyPlan:
+    num_tokens = call.topk_ids.shape[0]
+    if num_tokens == 0:
+        return EmptyPlan(call)
+    return TilePlan(call) if routing.layer_sorts(num_tokens) else TokenPlan(call)
+
+
+_PLANS: dict[object, TilePlan | TokenPlan | EmptyPlan] = {}
 
 
 @on_device
 def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
-    key = tuple(like(value) if isinstance(value, Tensor) else value for value in call)
+    # a weight that does not start at a multiple of 16 bytes takes other kernels
+    alignment = (call.w13.data_ptr() | call.w2.data_ptr()) % 16
+    key = (alignment, *(like(value) if isinstance(value, Tensor) else value for value in call))
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)
-        plan = LayerPlan(call)
+        plan = _plan(call)
         remember(_PLANS, key, plan)
     return plan(call)

@@ -28,12 +28,13 @@ def effective_slots(
 
 
 def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int, run_rows: int) -> Tensor:
-    """The schedule of ``lora_moe::route``: int32 ``[8, P + 1]``, rows as ``routing`` names them.
+    """The schedule of ``lora_moe::route``: int32 ``[9, P + 1]``, rows as ``routing`` names them.
 
     Pairs are ordered by (expert, slot), the slot -1 first, equal pairs in their own order; pairs of an expert outside
     ``[0, num_experts)`` are left out. A tile is a run of at most ``tile_rows`` neighbours of one expert, cut from the
     start of its group. A run is neighbours of one virtual expert, cut at the order's multiples of ``run_rows`` (0: no
-    runs at all). Unused entries are -1; the last column counts the used ones.
+    runs at all); the last row has the run of each sorted pair, or the next one. Unused entries are -1; the last column
+    counts the used ones.
     """
     top_k, num_pairs = topk_ids.shape[1], topk_ids.numel()
     experts = topk_ids.reshape(-1).tolist()
@@ -45,9 +46,14 @@ def route(topk_ids: Tensor, slots: list[int], num_experts: int, tile_rows: int, 
     tiles = _tiles([experts[p] for p in order], tile_rows)
     runs = _runs(virtual, run_rows) if run_rows else []
 
-    schedule = torch.full((8, num_pairs + 1), -1, dtype=torch.int32)
+    run_ids = []
+    for position, group in enumerate(virtual if run_rows else []):
+        started = sum(first <= position for _, first, _ in runs)
+        run_ids.append(started - 1 if group >= 0 else started)
+
+    schedule = torch.full((9, num_pairs + 1), -1, dtype=torch.int32)
     tables = [[entry[part] for entry in table] for table in (tiles, runs) for part in range(3)]
-    for i, row in enumerate([order, virtual, *tables]):
+    for i, row in enumerate([order, virtual, *tables, run_ids]):
         schedule[i, : len(row)] = torch.tensor(row, dtype=torch.int32)
         schedule[i, num_pairs] = len(row)
     return schedule

@@ -15,9 +15,10 @@ holds each row's number of used entries)::
     LORA_RUN_IDS         1 -1 -1 -1 | 1     the runs' virtual experts
     LORA_RUN_STARTS      2 -1 -1 -1 | 1     where their rows start
     LORA_RUN_ROWS        2 -1 -1 -1 | 1     and how many there are; the order's multiples of 256 end runs too
+    SORTED_RUN_IDS       0  0  0  0 | 4     the run of each sorted pair; the next one for a pair without LoRA
 
 The runs are left out (their counts are 0) where no product reads them: small batches take LoRA pair by pair, see
-`lora_sorts`, which the example pretends not to know.
+`cuts_runs`, which the example pretends not to know.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from torch import Tensor
 SORTED_TOKEN_IDS, SORTED_VIRTUAL_IDS = 0, 1
 EXPERT_TILE_IDS, EXPERT_TILE_STARTS, EXPERT_TILE_ROWS = 2, 3, 4
 LORA_RUN_IDS, LORA_RUN_STARTS, LORA_RUN_ROWS = 5, 6, 7
-NUM_SCHEDULE_ROWS = 8
+SORTED_RUN_IDS = 8
+NUM_SCHEDULE_ROWS = 9
 
 # Runs of a virtual expert are cut at multiples of this, so that one of them cannot hold up the rest.
 RUN_ROWS = 256
@@ -43,12 +45,13 @@ RoutingCache = MutableMapping[str, Any]
 
 
 def expert_tile_rows(num_pairs: int, num_experts: int) -> int:
-    """Most rows in an expert tile: a power of two from 16 (the smallest tensor-core tile) that an average expert fills.
+    """Most rows in an expert tile: a power of two from 16 (the smallest tensor-core tile) to 128.
 
-    A pure function of the shapes, so that all ops of a layer agree on it without being told.
+    Half as many again as an average expert has: a second tile would stream the expert's weights a second time. A pure
+    function of the shapes, so that all ops of a layer agree on it without being told.
     """
     rows = 16
-    while rows < 128 and rows * num_experts < num_pairs:
+    while rows < 128 and 2 * rows * num_experts < 3 * num_pairs:
         rows *= 2
     return rows
 
@@ -66,6 +69,24 @@ def lora_sorts(num_pairs: int, num_virtual_experts: int) -> bool:
 def lora_needs_schedule(num_pairs: int, num_virtual_experts: int, device_type: str) -> bool:
     """Whether a LoRA product is to be given a schedule; always in a traced graph, which serves any size."""
     return device_type != "cuda" or torch.compiler.is_compiling() or lora_sorts(num_pairs, num_virtual_experts)
+
+
+def cuts_runs(num_pairs: int, num_virtual_experts: int) -> bool:
+    """Whether a schedule has runs: wherever `lora_sorts`, and where a whole layer, which is sorted anyway, has enough
+    pairs that two of a virtual expert are likely.
+    """
+    many = num_pairs > UNSORTED_PAIRS or num_pairs >= max(64, num_virtual_experts)
+    return num_virtual_experts > 0 and many
+
+
+def layer_sorts(num_tokens: int) -> bool:
+    """Whether a whole layer on a GPU sorts its pairs: from two tokens on, which may share an expert."""
+    return num_tokens > 1
+
+
+def layer_needs_schedule(num_tokens: int, device_type: str) -> bool:
+    """Whether a whole layer is to be given a schedule; always in a traced graph, which serves any size."""
+    return device_type != "cuda" or torch.compiler.is_compiling() or layer_sorts(num_tokens)
 
 
 def cached_schedule(

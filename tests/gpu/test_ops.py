@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from layers import by_adapter, make_layer
+from layers import Layer, by_adapter, make_layer
 from torch import Tensor
 from torch.library import opcheck
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from torch_lora_moe import (
     build_lora_hooks,
     fused_experts,
     launch,
+    layer,
     reference,
     routing,
     virtual_experts_lora_add,
@@ -30,10 +31,11 @@ NAN = float("nan")
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Runs a test on both LoRA paths, whatever the batch."""
-    plans = (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS)
+    plans = (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS)
     for plan in plans:
         plan.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: request.param)
     yield request.param
     for plan in plans:
         plan.clear()
@@ -63,6 +65,45 @@ def test_batches_of_every_route(tokens: int, shape: tuple[int, int, int]) -> Non
     assert_within_budget(
         actual, by_adapter(layer, torch.float64).cpu(), by_adapter(layer, torch.bfloat16).cpu(), torch.bfloat16
     )
+
+
+def whole_layer(layer: Layer) -> Tensor:
+    return fused_experts(layer.x, layer.w13, layer.w2, layer.weights, layer.ids, layer.lora, layer.mapping)
+
+
+def check_by_adapter(layer: Layer) -> None:
+    dtype = layer.x.dtype
+    assert_within_budget(
+        whole_layer(layer), by_adapter(layer, torch.float64).cpu(), by_adapter(layer, dtype).cpu(), dtype
+    )
+
+
+# weights as tensor descriptors, with rows that are no multiple of the tile, and with strides no descriptor can have
+@pytest.mark.parametrize("sizes", [(256, 128), (200, 120), (100, 76)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [8, 24, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 40, 150, 330, 3000])
+def test_tiles_of_every_height(tokens: int, rank: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    check_by_adapter(make_layer(tokens, rank=rank, hidden=sizes[0], inner=sizes[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 3000])
+def test_weights_that_start_anywhere(tokens: int) -> None:
+    layer = make_layer(tokens)
+    expected = whole_layer(layer)
+    shifted = {}
+    for name in ("w13", "w2"):
+        weight = getattr(layer, name)
+        shifted[name] = torch.empty(weight.numel() + 1, dtype=weight.dtype, device="cuda")[1:].view(weight.shape)
+        shifted[name].copy_(weight)
+    moved = dataclasses.replace(layer, **shifted)
+    assert (whole_layer(moved) - expected).abs().max() <= 0.01 * expected.abs().max()
+    check_by_adapter(moved)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 600, 3000])
+def test_many_slots_and_experts(tokens: int) -> None:
+    check_by_adapter(make_layer(tokens, top_k=10, experts=300, slots=64, rank=16, hidden=64, inner=32))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64, 512, 513, 3000])

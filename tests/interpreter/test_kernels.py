@@ -16,9 +16,10 @@ NAN = float("nan")
 
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    for plans in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS):
+    for plans in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
         plans.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: request.param)
     return request.param
 
 
@@ -52,6 +53,25 @@ def test_layer(case: Case, sorts: bool) -> None:
     check_layer(inputs, run(inputs))
 
 
+@pytest.mark.parametrize("rows", [32, 64, 128])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(num_tokens=60, num_experts=2, rank=16),
+        Case(num_tokens=30, num_experts=2, rank=40, hidden_size=130, intermediate_size=70, dtype=torch.float16),
+        Case(num_tokens=50, num_experts=3, activation="swigluoai", interleaved=True, transposed=True, bias=True),
+        Case(num_tokens=50, num_experts=3, is_gated=False, shared_outer=True, enabled=(True, False, True)),
+        Case(num_tokens=40, num_experts=1, mapping=(-1,) * 40, odd_ids=False),
+    ],
+    ids=["gated", "odd_sizes", "interleaved", "plain", "no_adapter"],
+)
+def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of every height, full ones, half empty ones and nearly empty ones."""
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
+    inputs = make_inputs(case)
+    check_layer(inputs, run(inputs))
+
+
 @pytest.mark.parametrize("ranked", [True, False], ids=["one_launch", "three_launches"])
 @pytest.mark.parametrize(
     "sizes",
@@ -69,7 +89,7 @@ def test_layer(case: Case, sorts: bool) -> None:
 )
 def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
-    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: True)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: True)
     launch._ROUTE_PLANS.clear()
     tokens, top_k, experts, slots = sizes
     flags = tuple(slot % 3 != 1 for slot in range(slots))

@@ -73,3 +73,14 @@ def prefetch(pointers):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def load_row(row, k, mask, BLOCK_N: tl.constexpr):
+    """``row[k]`` as fp32 ``[BLOCK_N, len(k)]``, all rows the same.
+
+    Every row loads it: a vector of one dimension would reach the layout of a tile only through shared memory, behind a
+    barrier that holds up the loads after it.
+    """
+    same = tl.zeros([BLOCK_N], tl.int32)[:, None]
+    return tl.load(row + k[None, :] + same, mask=mask[None, :] & (same == 0), other=0.0).to(tl.float32)

@@ -51,10 +51,10 @@ def _write_tiles(schedule, columns, mask, num_pairs, counts, BINS: tl.constexpr,
 @triton.jit
 def _write_counts(schedule, num_pairs, counts, TILE_ROWS: tl.constexpr):
     """The last column: how many entries of each row are used; no runs yet."""
-    rows = tl.arange(0, 8)
+    rows = tl.arange(0, 16)
     num_known, num_tiles = tl.sum(counts, 0), tl.sum((counts + TILE_ROWS - 1) // TILE_ROWS, 0)
     target = schedule + rows * (num_pairs + 1) + num_pairs
-    tl.store(target, tl.where(rows < 2, num_known, tl.where(rows < 5, num_tiles, 0)))
+    tl.store(target, tl.where(rows < 2, num_known, tl.where(rows < 5, num_tiles, 0)), mask=rows < 9)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _fill_unused(schedule, columns, num_pairs, num_known, first_free_tile):
         tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= num_known))
     for row in tl.static_range(2, 5):
         tl.store(schedule + row * stride + columns, unused, mask=there & (columns >= first_free_tile))
-    for row in tl.static_range(5, 8):
+    for row in tl.static_range(5, 9):
         tl.store(schedule + row * stride + columns, unused, mask=there)
 
 
@@ -117,8 +117,9 @@ def route_ranked(
         slots = effective_slots(mapping, enabled, mine // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
         known = experts < num_experts
         mine_key = _composite(experts * (max_loras + 1) + slots + 1, mine, num_pairs, known, WIDE)
-        rank = tl.zeros([BLOCK_P], tl.int32)
-        num_known = 0
+        # added up once at the end: a sum over threads in each round would cost more than the comparisons
+        smaller = tl.zeros([BLOCK_P, flat], tl.int32)
+        all_known = tl.zeros([flat], tl.int32)
         for start in range(0, num_tokens, BLOCK_T):
             tokens = start + tl.arange(0, BLOCK_T)
             pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
@@ -126,8 +127,9 @@ def route_ranked(
             s = effective_slots(mapping, enabled, tokens, tokens < num_tokens, max_loras, HAS_MAPPING, HAS_ENABLED)
             used = e < num_experts
             keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
-            rank += tl.sum((tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32), 1)
-            num_known += tl.sum(tl.reshape(used.to(tl.int32), [flat]), 0)
+            smaller += (tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32)
+            all_known += tl.reshape(used.to(tl.int32), [flat])
+        rank, num_known = tl.sum(smaller, 1), tl.sum(all_known, 0)
         _write_pairs(schedule, rank, mine, experts, slots, known, num_pairs, num_experts)
         _fill_unused(schedule, mine, num_pairs, num_known, most_tiles)
     else:
@@ -162,13 +164,13 @@ def order_tokens(
     there = mine < num_tokens
     slots = effective_slots(mapping, enabled, mine, there, max_loras, True, HAS_ENABLED)
     mine_key = _composite(slots + 1, mine, num_tokens, there, WIDE)
-    rank = tl.zeros([BLOCK_P], tl.int32)
+    smaller = tl.zeros([BLOCK_P, BLOCK_Q], tl.int32)
     for start in range(0, num_tokens, BLOCK_Q):
         others = start + tl.arange(0, BLOCK_Q)
         s = effective_slots(mapping, enabled, others, others < num_tokens, max_loras, True, HAS_ENABLED)
         keys = _composite(s + 1, others, num_tokens, others < num_tokens, WIDE)
-        rank += tl.sum((keys[None, :] < mine_key[:, None]).to(tl.int32), 1)
-    tl.store(token_order + rank, mine, mask=there)
+        smaller += (keys[None, :] < mine_key[:, None]).to(tl.int32)
+    tl.store(token_order + tl.sum(smaller, 1), mine, mask=there)
 
 
 @triton.jit
@@ -264,7 +266,6 @@ def scatter_pairs(
         base = tl.cumsum(counts - here, 0) - counts + here + before
         known = experts < num_experts
         mine_key = _composite(experts, local, CHUNK, known, False)
-        # added up once at the end: a sum over threads in each round would cost more than the comparisons
         smaller = tl.zeros([CHUNK, BLOCK_Q], tl.int32)
         for start in range(0, CHUNK, BLOCK_Q):
             others = start + tl.arange(0, BLOCK_Q)
@@ -322,7 +323,9 @@ def cut_runs(
     tl.store(schedule + 5 * stride + run, mine, mask=ending)
     tl.store(schedule + 6 * stride + run, start, mask=ending)
     tl.store(schedule + 7 * stride + run, index - start + 1, mask=ending)
+    num_known = tl.load(schedule + num_pairs)
+    tl.store(schedule + 8 * stride + index, tl.where(mine >= 0, run, run + 1), mask=index < num_known)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         rows = 5 + tl.arange(0, 4)
         total = runs_before + tl.sum(starting.to(tl.int32), 0)
-        tl.store(schedule + rows * stride + num_pairs, total + tl.zeros([4], tl.int32), mask=rows < 8)
+        tl.store(schedule + rows * stride + num_pairs, tl.where(rows < 8, total, num_known))

@@ -8,7 +8,18 @@ matrix in one tensor-core product (`shrink_runs`).
 import triton
 import triton.language as tl
 
-from .common import load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
+from .common import load_row, load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
+
+
+@triton.jit
+def _start(EAGER: tl.constexpr, PDL: tl.constexpr):
+    """Waits for the kernel before and lets the one after start, in the order that both allow."""
+    if EAGER:
+        release_consumer(PDL)
+        wait_for_producer(PDL)
+    else:
+        wait_for_producer(PDL)
+        release_consumer(PDL)
 
 
 @triton.jit(
@@ -36,15 +47,18 @@ def shrink_pairs(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EAGER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks."""
+    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks.
+
+    ``EAGER``: the kernel after it reads nothing early that the kernel before makes, so it may start at once.
+    """
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
-    wait_for_producer(PDL)
-    release_consumer(PDL)
+    _start(EAGER, PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     if virtual >= 0:
@@ -55,9 +69,39 @@ def shrink_pairs(
             k = start + columns
             inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
             values = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
-            acc += values.to(tl.float32) * tl.load(x_row + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+            acc += values.to(tl.float32) * load_row(x_row, k, inside, BLOCK_R)
     target = out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows
     tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
+
+
+@triton.jit
+def _multiply(
+    x_rows,
+    there,
+    a_rows,
+    known,
+    columns,
+    IN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``x @ A.T`` over one plane's columns, for rows of x that are ``there`` and rows of A that are ``known``."""
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(0, CHUNK, BLOCK_K):
+        k = start + columns
+        inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
+        left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+        right = tl.load(a_rows + k[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+        if left.dtype == tl.float32:
+            # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of
+            # additions would lose a digit
+            acc += tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+        else:
+            acc = tl.dot(left, right.T, acc)
+    return acc
 
 
 @triton.jit
@@ -114,16 +158,19 @@ def shrink_runs(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EAGER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs."""
+    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs.
+
+    ``EAGER`` as for `shrink_pairs`.
+    """
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     local = tl.arange(0, BLOCK_M)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
     out += plane.to(tl.int64) * num_pairs * ROWS
-    wait_for_producer(PDL)
-    release_consumer(PDL)
+    _start(EAGER, PDL)
     if CLEAR:
         _clear_skipped(
             out,
@@ -148,19 +195,68 @@ def shrink_runs(
         for piece in range(0, count, BLOCK_M):
             there = piece + local < count
             pairs = tl.load(schedule + first + piece + local, mask=there, other=0)
-            x_rows = x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X
-            acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-            for start in range(0, CHUNK, BLOCK_K):
-                k = start + columns
-                inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
-                left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-                right = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
-                if x.dtype.element_ty == tl.float32:
-                    # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of
-                    # additions would lose a digit
-                    acc += tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
-                else:
-                    acc = tl.dot(left, right.T, acc)
+            acc = _multiply(
+                x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X,
+                there,
+                a_rows,
+                rows < ROWS,
+                columns,
+                IN,
+                CHUNK,
+                EVEN_PLANES,
+                BLOCK_M,
+                BLOCK_R,
+                BLOCK_K,
+            )
             target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
             tl.store(target, acc, mask=there[:, None] & (rows[None, :] < ROWS))
         run += tl.num_programs(0)
+
+
+@triton.jit(
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
+)
+def shrink_streams(
+    x,
+    a,
+    out,
+    topk_ids,
+    mapping,
+    enabled,
+    num_pairs,
+    top_k,
+    pairs_per_row,
+    num_experts,
+    max_loras,
+    STRIDE_X: tl.constexpr,
+    IN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
+    HAS_ENABLED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EAGER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As `shrink_pairs`, the matrix through the tensor cores: one row of sixteen counts, but its bytes are on their way
+    in shared memory while the last ones are multiplied.
+    """
+    pair = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    plane = tl.program_id(2)
+    there = tl.arange(0, 16) == 0
+    _start(EAGER, PDL)
+    virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
+    if virtual >= 0:
+        weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
+        x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X + tl.zeros([16], tl.int32)[:, None]
+        a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
+        columns = plane * CHUNK + tl.arange(0, BLOCK_K)
+        acc = _multiply(x_row, there, a_rows, rows < ROWS, columns, IN, CHUNK, EVEN_PLANES, 16, BLOCK_R, BLOCK_K)
+        target = (
+            out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows[None, :] + tl.zeros([16], tl.int32)[:, None]
+        )
+        tl.store(target, acc, mask=there[:, None] & (rows < ROWS)[None, :])

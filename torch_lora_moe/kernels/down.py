@@ -1,0 +1,269 @@
+"""The second expert product over the tiles of the sorted order, with LoRA B and the router weight, and the sum."""
+
+import triton
+import triton.language as tl
+
+from .common import known_experts, release_consumer, wait_for_producer
+from .tiles import fma, load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+
+
+@triton.jit
+def _down_tile(
+    h,
+    w,
+    bias,
+    out,
+    schedule,
+    topk_weights,
+    shrunk,
+    b,
+    block,
+    expert,
+    start,
+    count,
+    num_pairs,
+    num_experts,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    LORA_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``BLOCK_N`` columns of the weighted output of one tile."""
+    there = tl.arange(0, BLOCK_M) < count
+    pairs = tl.load(schedule + start + tl.arange(0, BLOCK_M), mask=there, other=0)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale = tl.load(topk_weights + pairs, mask=there, other=0.0).to(tl.float32)
+    if RANK > 0:
+        begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
+        if PRELOAD:
+            first_mine, matrix = take_slots(
+                begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+            )
+            first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R, BLOCK_N)
+    if EARLY:
+        wait_for_producer(PDL)
+    h_rows = h + pairs.to(tl.int64)[:, None] * IN
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, IN, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside = there[:, None] & (k < IN)[None, :] if IN % BLOCK_K != 0 else there[:, None]
+        left = tl.load(h_rows + k[None, :], mask=inside, other=0.0)
+        right = load_weight(
+            w, expert, block * BLOCK_N, first, OUT, IN, STRIDE_E, STRIDE_N, STRIDE_I, BLOCK_N, BLOCK_K, TMA
+        )
+        acc = fma(acc, left, right, there)
+    if HAS_BIAS:
+        acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
+    if RANK > 0:
+        if PRELOAD:
+            s = load_shrunk(
+                shrunk,
+                pairs,
+                first_mine,
+                0,
+                num_pairs,
+                b.dtype.element_ty,
+                0,
+                1,
+                RANK,
+                NUM_PLANES,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M,
+            )
+            acc = fma(acc, s, first_b, there)
+            begin += GROUPS
+        for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
+            mine, matrix = take_slots(
+                slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+            )
+            for r in tl.static_range(0, RANK, BLOCK_R):
+                s = load_shrunk(
+                    shrunk,
+                    pairs,
+                    mine,
+                    r,
+                    num_pairs,
+                    b.dtype.element_ty,
+                    0,
+                    1,
+                    RANK,
+                    NUM_PLANES,
+                    GROUPS,
+                    BLOCK_R,
+                    BLOCK_M,
+                )
+                right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                acc = fma(acc, s, right, there)
+    target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
+    mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
+    tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["num_pairs", "num_experts"],
+    do_not_specialize_on_alignment=["schedule", "topk_weights"],
+)
+def down_tiles(
+    h,
+    w,
+    bias,
+    out,
+    shrunk,
+    b,
+    schedule,
+    topk_weights,
+    num_pairs,
+    num_experts,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    LORA_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program for each block of columns of each tile: ``out[p] = weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
+
+    ``EARLY``: the schedule and the router weights are complete from the start. The rest as for `gate_up_tiles`.
+    """
+    if not EARLY:
+        wait_for_producer(PDL)
+    release_consumer(PDL)
+    block, tile = tl.program_id(0), tl.program_id(1)
+    expert, start, count = load_tile(schedule, num_pairs, tile)
+    if (expert >= 0) & (start >= 0) & (count > 0):
+        if HALVES and count <= BLOCK_M // 2:
+            _down_tile(
+                h,
+                w,
+                bias,
+                out,
+                schedule,
+                topk_weights,
+                shrunk,
+                b,
+                block,
+                expert,
+                start,
+                count,
+                num_pairs,
+                num_experts,
+                STRIDE_E,
+                STRIDE_N,
+                STRIDE_I,
+                IN,
+                OUT,
+                HAS_BIAS,
+                RANK,
+                NUM_PLANES,
+                SHARED,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M // 2,
+                BLOCK_N,
+                BLOCK_K,
+                HAS_RUNS,
+                PRELOAD,
+                LORA_STAGES,
+                TMA,
+                EARLY,
+                PDL,
+            )
+        else:
+            _down_tile(
+                h,
+                w,
+                bias,
+                out,
+                schedule,
+                topk_weights,
+                shrunk,
+                b,
+                block,
+                expert,
+                start,
+                count,
+                num_pairs,
+                num_experts,
+                STRIDE_E,
+                STRIDE_N,
+                STRIDE_I,
+                IN,
+                OUT,
+                HAS_BIAS,
+                RANK,
+                NUM_PLANES,
+                SHARED,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                HAS_RUNS,
+                PRELOAD,
+                LORA_STAGES,
+                TMA,
+                EARLY,
+                PDL,
+            )
+    elif EARLY:
+        wait_for_producer(PDL)
+
+
+@triton.jit(do_not_specialize=["num_experts"], do_not_specialize_on_alignment=["topk_ids"])
+def sum_pairs(
+    pairs,
+    topk_ids,
+    out,
+    factor,
+    num_experts,
+    TOP_K: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tokens, blocks of columns): the sum over a token's known experts, in fp32, in order."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_producer(PDL)
+    release_consumer(PDL)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        known = known_experts(topk_ids, pair, True, num_experts) < num_experts
+        row = pairs + pair.to(tl.int64) * SIZE + column
+        # read once: it must not push the next layer's weights out of L2
+        acc += tl.load(row, mask=(column < SIZE) & known, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    target = out + token.to(tl.int64) * SIZE + column
+    tl.store(target, (acc * factor).to(out.dtype.element_ty), mask=column < SIZE)

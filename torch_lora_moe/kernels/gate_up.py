@@ -1,0 +1,330 @@
+"""The first expert product over the tiles of the sorted order: base, bias, LoRA B and the activation in one pass.
+
+The whole base product runs before the kernel waits for the rank vectors of the shrink before it.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .common import release_consumer, wait_for_producer
+from .tiles import fma, load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+
+
+@triton.jit
+def _gate_up_tile(
+    x,
+    w,
+    bias,
+    out,
+    schedule,
+    shrunk,
+    b,
+    block,
+    expert,
+    start,
+    count,
+    num_pairs,
+    pairs_per_row,
+    num_experts,
+    swiglu_alpha,
+    swiglu_limit,
+    STRIDE_X: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    IN: tl.constexpr,
+    SLICE: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    LORA_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``BLOCK_N`` columns of the activation of one tile."""
+    local = tl.arange(0, BLOCK_M)
+    there = local < count
+    pairs = tl.load(schedule + start + local, mask=there, other=0)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    slices: tl.constexpr = 2 if IS_GATED else 1
+    x_rows = x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X
+    out_size: tl.constexpr = slices * SLICE
+
+    if RANK > 0:
+        begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
+        if PRELOAD:
+            first_mine, matrix = take_slots(
+                begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+            )
+            first_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+            if IS_GATED:
+                first_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+
+    # interleaved rows come as one block, gate and up of a column next to each other
+    wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
+    row = block * wide
+    acc = tl.zeros([BLOCK_M, wide], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, IN, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        inside = there[:, None] & (k < IN)[None, :] if IN % BLOCK_K != 0 else there[:, None]
+        left = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+        right = load_weight(w, expert, row, first, out_size, IN, STRIDE_E, STRIDE_N, STRIDE_I, wide, BLOCK_K, TMA)
+        acc = fma(acc, left, right, there)
+        if IS_GATED and not INTERLEAVED:
+            right = load_weight(
+                w, expert, SLICE + row, first, out_size, IN, STRIDE_E, STRIDE_N, STRIDE_I, BLOCK_N, BLOCK_K, TMA
+            )
+            up = fma(up, left, right, there)
+    if HAS_BIAS:
+        bias_row, column = bias + expert * out_size, row + tl.arange(0, wide)
+        acc += tl.load(bias_row + column, mask=column < out_size, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED and not INTERLEAVED:
+            up += tl.load(bias_row + SLICE + n, mask=n < SLICE, other=0.0).to(tl.float32)[None, :]
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
+    else:
+        gate = acc
+
+    if RANK > 0:
+        if EARLY:
+            wait_for_producer(PDL)
+        if PRELOAD:
+            s = load_shrunk(
+                shrunk,
+                pairs,
+                first_mine,
+                0,
+                num_pairs,
+                b.dtype.element_ty,
+                0,
+                slices,
+                RANK,
+                NUM_PLANES,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M,
+            )
+            if IS_GATED:
+                up_s = load_shrunk(
+                    shrunk,
+                    pairs,
+                    first_mine,
+                    0,
+                    num_pairs,
+                    b.dtype.element_ty,
+                    1,
+                    slices,
+                    RANK,
+                    NUM_PLANES,
+                    GROUPS,
+                    BLOCK_R,
+                    BLOCK_M,
+                )
+                up = fma(up, up_s, first_up_b, there)
+            gate = fma(gate, s, first_gate_b, there)
+            begin += GROUPS
+        for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
+            mine, matrix = take_slots(
+                slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+            )
+            for r in tl.static_range(0, RANK, BLOCK_R):
+                s = load_shrunk(
+                    shrunk,
+                    pairs,
+                    mine,
+                    r,
+                    num_pairs,
+                    b.dtype.element_ty,
+                    0,
+                    slices,
+                    RANK,
+                    NUM_PLANES,
+                    GROUPS,
+                    BLOCK_R,
+                    BLOCK_M,
+                )
+                gate_b = load_b(b, matrix, n, r, 0, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                if IS_GATED:
+                    up_s = load_shrunk(
+                        shrunk,
+                        pairs,
+                        mine,
+                        r,
+                        num_pairs,
+                        b.dtype.element_ty,
+                        1,
+                        slices,
+                        RANK,
+                        NUM_PLANES,
+                        GROUPS,
+                        BLOCK_R,
+                        BLOCK_M,
+                    )
+                    up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                    up = fma(up, up_s, up_b, there)
+                gate = fma(gate, s, gate_b, there)
+    value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
+    target = out + pairs.to(tl.int64)[:, None] * SLICE + n[None, :]
+    mask = there[:, None] if SLICE % BLOCK_N == 0 else there[:, None] & (n < SLICE)[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["num_pairs", "pairs_per_row", "num_experts", "swiglu_alpha", "swiglu_limit"],
+    do_not_specialize_on_alignment=["schedule"],
+)
+def gate_up_tiles(
+    x,
+    w,
+    bias,
+    out,
+    shrunk,
+    b,
+    schedule,
+    num_pairs,
+    pairs_per_row,
+    num_experts,
+    swiglu_alpha,
+    swiglu_limit,
+    STRIDE_X: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    IN: tl.constexpr,
+    SLICE: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,
+    HAS_RUNS: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    LORA_STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program for each block of columns of each tile: ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
+
+    ``RANK`` 0: no LoRA. ``HALVES``: tiles of at most half the rows are computed as such. ``HAS_RUNS``: the schedule has
+    runs. ``EARLY``: the kernel before is the shrink, so all but
+    ``shrunk`` is complete from the start.
+    """
+    if not EARLY:
+        wait_for_producer(PDL)
+    release_consumer(PDL)
+    block, tile = tl.program_id(0), tl.program_id(1)
+    expert, start, count = load_tile(schedule, num_pairs, tile)
+    # all three in the condition, so that none of them is loaded after the others
+    if (expert >= 0) & (start >= 0) & (count > 0):
+        if HALVES and count <= BLOCK_M // 2:
+            _gate_up_tile(
+                x,
+                w,
+                bias,
+                out,
+                schedule,
+                shrunk,
+                b,
+                block,
+                expert,
+                start,
+                count,
+                num_pairs,
+                pairs_per_row,
+                num_experts,
+                swiglu_alpha,
+                swiglu_limit,
+                STRIDE_X,
+                STRIDE_E,
+                STRIDE_N,
+                STRIDE_I,
+                IN,
+                SLICE,
+                IS_GATED,
+                INTERLEAVED,
+                ACTIVATION,
+                HAS_BIAS,
+                RANK,
+                NUM_PLANES,
+                SHARED,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M // 2,
+                BLOCK_N,
+                BLOCK_K,
+                HAS_RUNS,
+                PRELOAD,
+                LORA_STAGES,
+                TMA,
+                EARLY,
+                PDL,
+            )
+        else:
+            _gate_up_tile(
+                x,
+                w,
+                bias,
+                out,
+                schedule,
+                shrunk,
+                b,
+                block,
+                expert,
+                start,
+                count,
+                num_pairs,
+                pairs_per_row,
+                num_experts,
+                swiglu_alpha,
+                swiglu_limit,
+                STRIDE_X,
+                STRIDE_E,
+                STRIDE_N,
+                STRIDE_I,
+                IN,
+                SLICE,
+                IS_GATED,
+                INTERLEAVED,
+                ACTIVATION,
+                HAS_BIAS,
+                RANK,
+                NUM_PLANES,
+                SHARED,
+                GROUPS,
+                BLOCK_R,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                HAS_RUNS,
+                PRELOAD,
+                LORA_STAGES,
+                TMA,
+                EARLY,
+                PDL,
+            )
+    # a program without a tile waits too, so that the end of this kernel means the end of the one before
+    if EARLY:
+        wait_for_producer(PDL)

@@ -1,0 +1,161 @@
+"""What both expert products do on a tile of the sorted order: its rows, its weight, and LoRA in its accumulator.
+
+The rows of a tile stand slot by slot, so a few slots at a time are one product of ``[rows, slots * rank]`` (each row
+zero outside its own slot) with their matrices side by side.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fma(acc, left, right, there):
+    """``acc + left @ right.T``; ``there``: the rows that count."""
+    if left.dtype == tl.float32:
+        # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of additions
+        # would lose a digit
+        return acc + tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+    else:
+        return tl.dot(left, right.T, acc)
+
+
+@triton.jit
+def load_weight(
+    w,
+    expert,
+    row,
+    start,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows ``row`` on and columns ``start`` on of an expert's weight, zero beyond its columns.
+
+    Rows beyond the last one may be those of the next expert: their products are never stored.
+    """
+    if TMA:
+        return w.load([expert * OUT + row, start])
+    else:
+        n, k = row + tl.arange(0, BLOCK_N), start + tl.arange(0, BLOCK_K)
+        pointers = w + expert.to(tl.int64) * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
+        pointers += k.to(tl.int64)[None, :] * STRIDE_I
+        if OUT % BLOCK_N == 0 and IN % BLOCK_K == 0:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(n < OUT)[:, None] & (k < IN)[None, :], other=0.0)
+
+
+@triton.jit
+def load_tile(schedule, num_pairs, tile):
+    """Expert, first sorted row and number of rows of a tile; all -1 for an unused one."""
+    entry, stride = schedule + 2 * (num_pairs + 1) + tile, num_pairs + 1
+    return tl.load(entry), tl.load(entry + stride), tl.load(entry + 2 * stride)
+
+
+@triton.jit
+def slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr):
+    """First and last (exclusive) number of the slots of a tile: of its runs, or without runs of its rows."""
+    if HAS_RUNS:
+        run_ids = schedule + 8 * (num_pairs + 1) + start
+        first, last = tl.load(run_ids), tl.load(run_ids + count - 1)
+        # rows without LoRA come first: if the last one is such, all are
+        adapted = tl.load(schedule + num_pairs + start + count) >= 0
+        return first, tl.where(adapted, last + 1, first)
+    else:
+        return 0, count
+
+
+@triton.jit
+def take_slots(
+    slot,
+    end,
+    schedule,
+    start,
+    num_pairs,
+    num_experts,
+    HAS_RUNS: tl.constexpr,
+    SHARED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The ``GROUPS`` slots from number ``slot`` on: which rows are theirs, and their matrices' indices, -1 for none.
+
+    One slot comes as a scalar and a vector of rows, so that what it addresses can be copied without passing through
+    registers; more come as ``[GROUPS]`` and ``[rows, GROUPS]``.
+    """
+    stride = num_pairs + 1
+    if GROUPS == 1:
+        index, local = slot, tl.arange(0, BLOCK_M)
+    else:
+        index, local = (slot + tl.arange(0, GROUPS))[None, :], tl.arange(0, BLOCK_M)[:, None]
+    if HAS_RUNS:
+        entry = schedule + 5 * stride + index
+        ids = tl.load(entry, mask=index < end, other=-1)
+        first = tl.load(entry + stride, mask=index < end, other=0) - start
+        rows = tl.load(entry + 2 * stride, mask=index < end, other=0)
+        mine = (local >= first) & (local < first + rows)
+    else:
+        # every row counts as a slot of its own: where there are no runs, few rows of a tile share one
+        ids = tl.load(schedule + stride + start + index, mask=index < end, other=-1)
+        mine = (local == index) & (ids >= 0)
+    return mine, tl.where(ids >= 0, ids // num_experts, -1) if SHARED else ids
+
+
+@triton.jit
+def load_b(
+    b,
+    matrix,
+    n,
+    start,
+    PART: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The slots' parts of B side by side: ``[columns, slots * ranks]``."""
+    r = start + tl.arange(0, BLOCK_R)
+    rows = b + (matrix.to(tl.int64) * NUM_SLICES + PART) * (SLICE * RANK)
+    if GROUPS == 1:
+        mask = (n < SLICE)[:, None] & (r < RANK)[None, :] & (matrix >= 0)
+        return tl.load(rows + n[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+    else:
+        mask = (n < SLICE)[:, None, None] & (matrix >= 0)[:, :, None] & (r < RANK)[None, None, :]
+        values = tl.load(rows[:, :, None] + n[:, None, None] * RANK + r[None, None, :], mask=mask, other=0.0)
+        return tl.reshape(values, [BLOCK_N, GROUPS * BLOCK_R])
+
+
+@triton.jit
+def load_shrunk(
+    shrunk,
+    pairs,
+    mine,
+    start,
+    num_pairs,
+    dtype: tl.constexpr,
+    PART: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    RANK: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Rank vectors ``[rows, slots * ranks]``, each row zero outside its own slot; planes are added in order."""
+    r = start + tl.arange(0, BLOCK_R)
+    rows = shrunk + (pairs.to(tl.int64) * NUM_SLICES + PART) * RANK
+    if GROUPS == 1:
+        source, mask = rows[:, None] + r[None, :], mine[:, None] & (r < RANK)[None, :]
+    else:
+        source, mask = rows[:, None, None] + r[None, None, :], mine[:, :, None] & (r < RANK)[None, None, :]
+    s = tl.load(source, mask=mask, other=0.0)
+    for plane in tl.static_range(1, NUM_PLANES):
+        s += tl.load(source + plane * num_pairs.to(tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
+    return tl.reshape(s.to(dtype), [BLOCK_M, GROUPS * BLOCK_R])
