@@ -286,6 +286,9 @@ def shared_memory(device: torch.device) -> int:
 
 def _lora_steps(product: Product) -> tuple[int, int, bool]:
     """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks."""
+    if product.rank > 64:
+        # steps of several parts of the rank: two of them at once would not fit
+        return 64, 1, False
     if product.rank > 32 and product.has_runs:
         return 64, 2, False
     return (128, 1, True) if product.rows == 16 else (64, 1, False)

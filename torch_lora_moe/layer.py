@@ -93,7 +93,8 @@ class TilePlan:
     def _tiles(
         self, config: TileConfig, rank: int, planes: int, shared: bool, early: bool, tma: bool
     ) -> dict[str, Any]:
-        ranks = min(64, config.lora_columns, power_of_two(rank)) if rank else 16
+        # fewer than 8 columns of a slot are no vector that a tensor core takes
+        ranks = max(8, min(64, config.lora_columns, power_of_two(rank))) if rank else 16
         return {
             "RANK": rank,
             "NUM_PLANES": planes,

@@ -1,19 +1,20 @@
-"""What LoRA through the hooks costs on top of a base layer, beside LoRA in plain torch."""
+"""``python -m torch_lora_moe.bench.hooks``: what LoRA through the hooks costs on top of a base layer of plain torch."""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
 from torch_lora_moe.api import virtual_experts_lora_add
 from torch_lora_moe.bench.baselines import TorchLoRA, torch_layer
-from torch_lora_moe.bench.problems import Problem, Shape, make_problems
-from torch_lora_moe.bench.timing import graph_time, host_time
+from torch_lora_moe.bench.problems import BYTES_PER_MICROSECOND, SHAPES, Problem, Shape, make_problems
+from torch_lora_moe.bench.timing import environment, graph_time, host_time
 from torch_lora_moe.hooks import build_lora_hooks
-
-BYTES_PER_MICROSECOND = 4.3e6
 
 
 def hooks_of(problem: Problem) -> Any:
@@ -97,15 +98,49 @@ def one_add(problem: Problem) -> Callable[[], object]:
     return call
 
 
-def environment() -> dict[str, str]:
-    """What a result must say about where it was measured."""
-    import datetime
+COLUMNS = (
+    "tokens",
+    "rank",
+    "floor",
+    "hooks",
+    "hooks_overlapped",
+    "hooks_alone",
+    "torch_grouped",
+    "per_adapter_loop",
+    "base",
+    "host_lora_add",
+    "host_torch_add",
+    "relative_error",
+)
 
-    import triton
 
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    }
+def main() -> None:
+    """Parses the command line, measures, prints and writes."""
+    parser = argparse.ArgumentParser(prog="python -m torch_lora_moe.bench.hooks", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b-a3b")
+    parser.add_argument("--tokens", type=_numbers, default="1,8,32,128,512,4096")
+    parser.add_argument("--ranks", type=_numbers, default="16")
+    parser.add_argument("--max-loras", type=int, default=8)
+    parser.add_argument("--no-baselines", action="store_true", help="skip LoRA in plain torch")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+
+    rows = []
+    sizes = [(tokens, rank) for rank in options.ranks for tokens in options.tokens]
+    for tokens, rank in tqdm(sizes, unit="size"):
+        rows.append(measure(SHAPES[options.shape], tokens, options.max_loras, rank, not options.no_baselines))
+    print("microseconds a layer call, medians of CUDA-graph replays; host_*: eager, one projection, and one x.add_()")
+    print("  ".join(f"{column:>14s}" for column in COLUMNS))
+    for row in rows:
+        print("  ".join(f"{row.get(column, float('nan')):14.4g}" for column in COLUMNS))
+    if options.out:
+        result = {**environment(), "shape": options.shape, "unit": "microseconds a layer call", "rows": rows}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

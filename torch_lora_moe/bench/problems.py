@@ -22,8 +22,17 @@ class Shape:
 
 SHAPES = {
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8),
+    "qwen3-30b-a3b-tp4": Shape(2048, 192, 128, 8),
     "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "olmoe-1b-7b": Shape(2048, 1024, 64, 8),
+    "gpt-oss-20b": Shape(2880, 2880, 32, 4),
+    "deepseek-v3-tp8": Shape(7168, 256, 256, 8),
+    "tiny": Shape(256, 128, 16, 4),
 }
+
+# An H200: bytes a microsecond that reading weights reaches, and 16-bit operations a microsecond of a large product.
+BYTES_PER_MICROSECOND = 4.3e6
+FLOPS_PER_MICROSECOND = 7.8e8
 
 
 @dataclass
@@ -53,6 +62,21 @@ class Problem:
         matrices = rank * (2 * hidden + 2 * inner + inner + hidden) * size
         rows = virtual.numel() * (inner + 2 * (2 * inner + hidden)) * size + self.x.numel() * size
         return int(virtual.unique().numel()) * matrices + rows
+
+    def floor(self, with_lora: bool) -> float:
+        """Microseconds that the whole layer cannot beat on an H200.
+
+        Its active weights and adapter matrices, inputs and outputs are each moved once, or its products computed,
+        whichever takes longer.
+        """
+        shape, rank, size = self.shape, self.lora.down_b.shape[-1], self.x.element_size()  # type: ignore[union-attr]
+        base = 3 * shape.hidden_size * shape.intermediate_size
+        lora = 3 * rank * (shape.hidden_size + shape.intermediate_size) if with_lora else 0
+        slots = self.token_lora_mapping[:, None].expand_as(self.topk_ids)
+        virtual = (slots * shape.num_experts + self.topk_ids)[slots >= 0].unique().numel()
+        moved = (self.topk_ids.unique().numel() * base + virtual * lora + 2 * self.x.numel()) * size
+        flops = 2 * self.num_pairs * (base + lora)
+        return max(float(moved) / BYTES_PER_MICROSECOND, flops / FLOPS_PER_MICROSECOND)
 
 
 def make_problems(

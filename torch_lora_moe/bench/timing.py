@@ -1,7 +1,9 @@
-"""How times are taken: medians of CUDA-graph replays, and host time per call."""
+"""How times are taken: medians of CUDA-graph replays or of calls, host time per call, and where it was."""
 
 from __future__ import annotations
 
+import datetime
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +41,21 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
     return float(statistics.median(times)) / len(calls)
 
 
+def call_time(calls: Sequence[Callable[[], object]], seconds: float = 0.5) -> float:
+    """Microseconds of one call on the CPU: the median over ``seconds`` for each of ``calls``, of three at least."""
+    medians = []
+    for call in calls:
+        call()
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+    return statistics.mean(medians) * 1e6
+
+
 def host_time(call: Callable[[], object], repeats: int = 200, batches: int = 5) -> float:
     """Microseconds that the host spends in one eager call, the GPU kept from falling behind.
 
@@ -58,3 +75,19 @@ def host_time(call: Callable[[], object], repeats: int = 200, batches: int = 5) 
                 torch.cuda.synchronize()
         medians.append(statistics.median(times))
     return min(medians) * 1e6
+
+
+def environment() -> dict[str, str]:
+    """What a result must say about where it was measured."""
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    if not torch.cuda.is_available():
+        cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        return {"cpu": cpu, "torch": torch.__version__, "date": date}
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": date,
+    }

@@ -25,9 +25,8 @@ from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
 from torch_lora_moe import launch, routing
-from torch_lora_moe.bench.hooks import environment
 from torch_lora_moe.bench.problems import SHAPES, Problem, make_problems
-from torch_lora_moe.bench.timing import graph_time
+from torch_lora_moe.bench.timing import environment, graph_time
 from torch_lora_moe.config import HEURISTICS, LaunchConfig, power_of_two
 
 Measured = tuple[float, LaunchConfig]
