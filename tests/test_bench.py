@@ -1,0 +1,86 @@
+"""The benchmark as users run it, where it can run without a GPU: checked against the oracle, written, drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_lora_moe.bench import __main__ as bench
+from torch_lora_moe.bench import layers
+from torch_lora_moe.bench.oracle import relative_error, sample, some_tokens
+from torch_lora_moe.bench.plot import draw
+from torch_lora_moe.bench.problems import Problem, Shape, make_problems
+from torch_lora_moe.bench.timing import call_time
+
+SMALL = Shape(hidden_size=48, intermediate_size=32, num_experts=6, top_k=3)
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.fixture
+def problem() -> Problem:
+    return make_problems(SMALL, 7, 3, 8, 1, torch.bfloat16, "cpu")[0]
+
+
+@pytest.mark.parametrize("name", layers.WITH_LORA)
+def test_every_way_agrees_with_the_oracle(problem: Problem, name: str) -> None:
+    error = relative_error(layers.WITH_LORA[name](problem), problem, some_tokens(problem))
+    assert 0 < error < 0.012
+
+
+def test_a_wrong_layer_is_not_timed(problem: Problem) -> None:
+    exact = some_tokens(problem)
+    without = layers.fused(problem, with_lora=False)
+    for wrong in (without, torch.zeros_like(without), torch.full_like(without, float("nan"))):
+        with pytest.raises(AssertionError, match="float64 oracle"):
+            relative_error(wrong, problem, exact)
+
+
+def test_no_adapter_means_none(problem: Problem) -> None:
+    assert torch.equal(layers.fused(layers.without_adapters(problem)), layers.fused(problem, with_lora=False))
+
+
+def test_floor(problem: Problem) -> None:
+    """One expert and one slot for all: one matrix each, 2 bytes a number, and the work of all pairs beside it."""
+    problem.topk_ids.fill_(2)
+    problem.token_lora_mapping.fill_(1)
+    base, lora, rows = 3 * 48 * 32, 3 * 8 * (48 + 32), 2 * 7 * 48
+    assert problem.floor(True) == pytest.approx((base + lora + rows) * 2 / 4.3e6)
+    assert problem.floor(False) == pytest.approx((base + rows) * 2 / 4.3e6)
+    wide = make_problems(Shape(48, 4096, 1, 1), 4096, 1, 8, 1, torch.bfloat16, "cpu")[0]
+    assert wide.floor(False) == pytest.approx(2 * 4096 * (3 * 48 * 4096) / 7.8e8)
+
+
+def test_command_writes_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(layers, "call_time", lambda calls: call_time(calls, seconds=0.01))
+    out = tmp_path / "result.json"
+    options = ["--shape", "tiny", "--tokens", "1,3", "--ranks", "12,8", "--max-loras", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    bench.main()
+    result = json.loads(out.read_text())
+    assert [(row["rank"], row["tokens"]) for row in result["rows"]] == [(12, 1), (12, 3), (8, 1), (8, 3)]
+    assert all(row[name] > 0 for row in result["rows"] for name in ("fused", "hooks", "plain", "no_adapter"))
+    # rows of 24 bytes are none that torch's grouped product takes
+    assert all((name in row) == (row["rank"] == 8) for row in result["rows"] for name in layers.BASELINES)
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "result.svg").read_text()
+
+
+def test_shipped_plot_is_drawn_from_the_shipped_result(tmp_path: Path) -> None:
+    result = json.loads((RESULTS / "layer-h200.json").read_text())
+    draw(result, tmp_path / "again")
+    assert _curves(tmp_path / "again.svg") == _curves(RESULTS / "layer-h200.svg")
+
+
+def _curves(path: Path) -> list[str]:
+    """The paths of a drawing's curves, without what a version of the library may word differently."""
+    return [line.strip() for line in path.read_text().splitlines() if line.strip().startswith("L ")]
+
+
+def test_oracle_samples_first_and_last(problem: Problem) -> None:
+    assert sample(problem, 3).tolist() == [0, 3, 6]
+    assert sample(problem, 100).tolist() == list(range(7))
