@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +26,18 @@ class Address(NamedTuple):
         return self.pointer
 
 
-class Matrix(NamedTuple):
-    """A weight ``[experts, rows, columns]`` as Triton's launcher takes a tensor descriptor: all rows one by one.
+# What a descriptor has beside its tensor and its sizes differs between versions of Triton.
+_DESCRIPTOR_DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
 
-    Triton's own class checks itself at each launch and keeps the tensor alive.
+
+def descriptor(weight: Tensor, base: Any, block: list[int]) -> SimpleNamespace:
+    """A weight ``[experts, rows, columns]`` as Triton's launcher reads a tensor descriptor: all rows one by one.
+
+    Triton's own class checks itself at each launch and keeps the tensor alive; ``base`` may be an `Address`.
     """
-
-    base: Any
-    shape: list[int]
-    strides: list[int]
-    block_shape: list[int]
-    padding: str = "zero"
+    experts, rows, columns = weight.shape
+    sizes = {"shape": [experts * rows, columns], "strides": [weight.stride(1), 1], "block_shape": block}
+    return SimpleNamespace(base=base, **sizes, **_DESCRIPTOR_DEFAULTS)
 
 
 class Plan:
@@ -72,13 +75,13 @@ class Plan:
         if compiled is None or bits % 16 or _profiled():
             arguments: list[Any] = list(tensors)
             if self.matrix_block is not None:
-                arguments[1] = TensorDescriptor(*self._matrix(tensors[1], tensors[1]))
+                arguments[1] = TensorDescriptor(**vars(descriptor(tensors[1], tensors[1], self.matrix_block)))
             compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options)
             if not bits % 16:
                 self.compiled = compiled
             return
         if self.matrix_block is not None:
-            pointers[1] = self._matrix(tensors[1], Address(pointers[1]))
+            pointers[1] = descriptor(tensors[1], Address(pointers[1]), self.matrix_block)
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
         # the call that Triton's own launch ends in, without the binding of arguments before it
         compiled.run(
@@ -93,11 +96,6 @@ class Plan:
             *sizes,
             *self.constants,
         )
-
-    def _matrix(self, weight: Tensor, base: Any) -> Matrix:
-        experts, rows, columns = weight.shape
-        assert self.matrix_block is not None
-        return Matrix(base, [experts * rows, columns], [weight.stride(1), 1], self.matrix_block)
 
 
 def _profiled() -> bool:
