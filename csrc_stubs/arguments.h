@@ -15,6 +15,9 @@ namespace lora_moe {
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// Rows of a schedule, see torch_lora_moe/routing.py.
+constexpr int64_t kScheduleRows = 9;
+
 [[noreturn]] void fail(const std::string& name, const std::string& got, const std::string& expected);
 
 // Raises unless the tensor is on the CPU, has this many dimensions and, where sizes are not -1, these sizes.

@@ -149,7 +149,7 @@ Tensor fused_experts(Tensor hidden_states, Tensor w13, Tensor w2, Tensor topk_we
   if (down_a && down_a->size(0) != max_loras) fail("down_a", "other slots", "as many as gate_up_a");
   if (max_loras && !token_lora_mapping) fail("token_lora_mapping", "None", "a tensor, as lora is given");
   const Routing routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, max_loras);
-  if (schedule) check_shape("schedule", *schedule, {8, routing.num_pairs + 1});
+  if (schedule) check_shape("schedule", *schedule, {kScheduleRows, routing.num_pairs + 1});
 
   const auto pairs = routing.order();
   const auto groups = groups_of(pairs, [&](int32_t pair) { return routing.experts[pair]; });

@@ -29,7 +29,7 @@ std::vector<const float*> rows_of(const InputRows& x, int64_t count, const Routi
 }
 
 void check_schedule(const Optional& schedule, const Routing& routing) {
-  if (schedule) check_shape("schedule", *schedule, {8, routing.num_pairs + 1});
+  if (schedule) check_shape("schedule", *schedule, {kScheduleRows, routing.num_pairs + 1});
 }
 
 // output[t, k] += weight * delta for each pair.

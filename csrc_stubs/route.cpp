@@ -8,7 +8,7 @@
 namespace lora_moe {
 namespace {
 
-constexpr int64_t kRows = 9, kRunRows = 256, kUnsortedPairs = 1024;
+constexpr int64_t kRunRows = 256, kUnsortedPairs = 1024;
 
 int64_t expert_tile_rows(int64_t num_pairs, int64_t num_experts) {
   int64_t rows = 16;
@@ -42,9 +42,9 @@ struct Table {
 Tensor route(Tensor topk_ids, Optional mapping, Optional enabled, int64_t num_experts, int64_t max_loras) {
   const Routing routing(topk_ids, mapping, enabled, num_experts, max_loras);
   const int64_t width = routing.num_pairs + 1;
-  Tensor schedule = torch::stable::new_empty(topk_ids, {kRows, width}, torch::headeronly::ScalarType::Int);
+  Tensor schedule = torch::stable::new_empty(topk_ids, {kScheduleRows, width}, torch::headeronly::ScalarType::Int);
   auto* data = static_cast<int32_t*>(schedule.data_ptr());
-  std::fill_n(data, kRows * width, -1);
+  std::fill_n(data, kScheduleRows * width, -1);
 
   const auto pairs = routing.order();
   for (size_t i = 0; i < pairs.size(); ++i) {

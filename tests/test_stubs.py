@@ -72,7 +72,7 @@ except (TypeError, ValueError) as error:
     print(error)
 """
     done = run(script, library, stubs_first)
-    assert done.stdout.splitlines()[0] == "(8, 11) torch.int32"
+    assert done.stdout.splitlines()[0] == "(9, 11) torch.int32"
     assert done.stdout.splitlines()[1].startswith("topk_ids: got")
     assert "lora_moe" not in done.stderr, "nothing is defined twice and no kernel overridden"
 

@@ -1,0 +1,111 @@
+"""The layer's kernels compile for GPUs that this machine does not have, and fit into their shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from torch_lora_moe import launch, layer, plans, routing  # noqa: E402
+from torch_lora_moe.checks import FusedArguments  # noqa: E402
+
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+# compute capability: bytes of shared memory that one program may have
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+class Compiler:
+    """Stands for `Plan.__call__`: compiles instead of launching."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.shared: dict[str, int] = {}
+        self.ptx: dict[str, str] = {}
+
+    def __call__(self, plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
+        names = plan.kernel.arg_names
+        types = [f"*{TYPES[tensor.dtype]}" for tensor in tensors]
+        if plan.matrix_block is not None:
+            types[1] = f"tensordesc<{TYPES[tensors[1].dtype]}{plan.matrix_block}>"
+        types += ["fp32" if isinstance(size, float) else "i32" for size in sizes]
+        signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
+        constants = {(len(types) + i,): value for i, value in enumerate(plan.constants)}
+        aligned = [i for i in range(plan.aligned) if not (i == 1 and plan.matrix_block is not None)]
+        source = ASTSource(plan.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        options = {"num_warps": plan.options["num_warps"], "num_stages": plan.options["num_stages"]}
+        compiled = triton.compile(source, target=self.target, options=options)
+        name = plan.kernel.__name__
+        self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
+        self.ptx[name] = compiled.asm["ptx"]
+
+
+@pytest.fixture
+def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+    capability = request.param
+    compiler = Compiler(capability)
+    monkeypatch.setattr(plans.Plan, "__call__", lambda plan, tensors, *sizes: compiler(plan, tensors, sizes))
+    for module in (launch, layer):
+        monkeypatch.setattr(module, "has_dependent_launch", lambda device: capability >= 90)
+    monkeypatch.setattr(layer, "shared_memory", lambda device: SHARED_MEMORY[capability])
+    layer._PLANS.clear()
+    yield compiler
+    layer._PLANS.clear()
+
+
+def arguments(num_tokens: int, rank: int) -> FusedArguments:
+    """A layer of Qwen3-30B-A3B with a schedule, in memory that nothing reads."""
+    hidden, inner, experts, top_k, slots = 2048, 768, 128, 8, 8
+
+    def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(sizes, dtype=dtype)
+
+    ids = empty(num_tokens, top_k, dtype=torch.int32)
+    lora: tuple[Any, ...] = (None,) * 4
+    if rank:
+        shapes = ((2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
+        lora = tuple(empty(slots, experts, *shape) for shape in shapes)
+    return FusedArguments(
+        empty(num_tokens, hidden),
+        empty(experts, 2 * inner, hidden),
+        empty(experts, hidden, inner),
+        empty(num_tokens, top_k, dtype=torch.float32),
+        ids,
+        ids.new_empty(routing.schedule_shape(ids.numel())),
+        *lora,
+        empty(num_tokens, dtype=torch.int32) if rank else None,
+    )
+
+
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(
+    ("num_tokens", "rank"),
+    [(1, 0), (1, 16), (8, 4), (8, 64), (128, 16), (512, 16), (512, 64), (4096, 0), (4096, 4), (4096, 64), (4096, 128)],
+)
+def test_hopper(compiler: Compiler, num_tokens: int, rank: int) -> None:
+    call = arguments(num_tokens, rank)
+    layer._plan(call)(call)
+    products = {"gate_up_pairs", "down_tokens"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
+    assert products <= set(compiler.shared)
+    assert max(compiler.shared.values()) <= SHARED_MEMORY[90]
+    if num_tokens == 4096:
+        # weights through the copy engine into Hopper's own matrix instructions
+        assert all("cp.async.bulk.tensor" in compiler.ptx[name] for name in products)
+        assert all("wgmma.mma_async" in compiler.ptx[name] for name in products)
+    assert all("griddepcontrol.wait" in ptx for ptx in compiler.ptx.values())
+
+
+@pytest.mark.parametrize("compiler", [80, 89], indirect=True)
+@pytest.mark.parametrize("num_tokens", [1, 8, 4096])
+def test_older(compiler: Compiler, num_tokens: int) -> None:
+    call = arguments(num_tokens, 16)
+    layer._plan(call)(call)
+    assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
+    assert not any("griddepcontrol" in ptx or "wgmma" in ptx for ptx in compiler.ptx.values())
