@@ -1,7 +1,9 @@
 """One batch, many adapters: a Qwen3-MoE model with a PEFT adapter per request, checked against PEFT.
 
-Builds a small Qwen3-MoE model with random weights, makes four adapters with PEFT and saves them, loads them into an
+Builds a small Qwen3-MoE model with random weights, makes adapters with PEFT and saves them, loads four of them into an
 `AdapterPool`, and generates for one mixed batch: eager and compiled. PEFT has to run one adapter after the other.
+
+Then serves requests that arrive and leave, over twenty adapters through a pool of six slots, which swaps them.
 
     python examples/mixed_adapters.py          # uses the GPU if there is one
 """
@@ -10,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -34,6 +39,10 @@ ADAPTERS = {
 }
 REQUESTS = [*ADAPTERS, None, *ADAPTERS, None, "legal", "code"]
 
+# the second part: adapters, slots for them, and how many requests run at once and for how many tokens between arrivals
+TENANTS = {f"tenant-{i:02d}": {"r": (4, 8, 16)[i % 3], "lora_alpha": 16} for i in range(20)}
+SLOTS, AT_ONCE, TOKENS_A_ROUND = 6, 8, 4
+
 
 def main() -> None:
     """Runs the example and prints its tables."""
@@ -48,15 +57,17 @@ def main() -> None:
     if not compiles:
         print("no C++ compiler found: the compiled run is left out")
 
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=5 if compiles else 4, unit="step") as progress:
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=6 if compiles else 5, unit="step") as progress:
 
         def step(text: str) -> None:
             progress.set_description(text)
             progress.refresh()
 
-        step("building a Qwen3-MoE model and four PEFT adapters")
+        step("building a Qwen3-MoE model and its PEFT adapters")
         model = build_model().to(device)
-        peft_model = make_adapters(copy.deepcopy(model), Path(folder))
+        peft_model = make_adapters(copy.deepcopy(model), ADAPTERS, Path(folder))
+        server = copy.deepcopy(model)
+        make_adapters(copy.deepcopy(model), TENANTS, Path(folder))
         prompts = torch.randint(0, model.config.vocab_size, (len(REQUESTS), options.prompt_tokens), device=device)
         progress.update()
 
@@ -81,7 +92,12 @@ def main() -> None:
             runs["compiled"] = timed(lambda: generate_mixed(model, prompts, options.new_tokens))
             progress.update()
         plain = generate(model, prompts, 1)
+
+        step("requests that arrive and leave, twenty adapters in six slots")
+        served = serve(server, Path(folder), options.seed, device)
+        progress.update()
     report(expected, peft_seconds, runs, (expected[:, 0] - plain[:, 0]).abs().amax(-1), options.new_tokens)
+    report_served(*served)
 
 
 def build_model() -> PreTrainedModel:
@@ -102,10 +118,10 @@ def build_model() -> PreTrainedModel:
     return Qwen3MoeForCausalLM(config).eval()
 
 
-def make_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Four adapters on the experts, with random weights, saved under ``folder`` as PEFT saves them."""
+def make_adapters(model: PreTrainedModel, adapters: dict[str, dict[str, Any]], folder: Path) -> PeftModel:
+    """Adapters on the experts, with random weights, saved under ``folder`` as PEFT saves them."""
     peft_model: PeftModel | None = None
-    for name, sizes in ADAPTERS.items():
+    for name, sizes in adapters.items():
         config = LoraConfig(
             target_modules=[],
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -122,7 +138,7 @@ def make_adapters(model: PreTrainedModel, folder: Path) -> PeftModel:
     for key, parameter in peft_model.named_parameters():
         if "lora_" in key:
             nn.init.normal_(parameter, std=0.1)
-    peft_model.save_pretrained(str(folder), selected_adapters=list(ADAPTERS))
+    peft_model.save_pretrained(str(folder), selected_adapters=list(adapters))
     return peft_model.eval()
 
 
@@ -163,6 +179,84 @@ def generate_with_peft(model: PeftModel, prompts: Tensor, new_tokens: int) -> Te
         for row, row_logits in zip(rows, part, strict=True):
             logits[row] = row_logits
     return torch.stack([row for row in logits if row is not None])
+
+
+@dataclass
+class Request:
+    """One user's request: an adapter, a prompt, how many tokens are wanted, and the tokens there are so far."""
+
+    adapter: str | None
+    prompt: list[int]
+    wanted: int
+    tokens: list[int] = field(default_factory=list)
+
+
+def serve(model: PreTrainedModel, folder: Path, seed: int, device: str) -> tuple[list[Request], int, int, float, int]:
+    """Requests, rounds, adapters loaded, seconds and wrong tokens of a small server with more adapters than slots."""
+    pool = AdapterPool(expert_layers(model), max_loras=SLOTS, max_lora_rank=16, device=device)
+    for name in TENANTS:
+        pool.add(name, folder / name)
+    enable(model, pool)
+    requests = arriving(random.Random(seed), model.config.vocab_size, 40)
+    waiting, running, rounds, loaded = list(requests), [], 0, 0
+    start = time.perf_counter()
+    while waiting or running:
+        # three more users a round; a request waits while its adapter finds no slot beside those of the running ones
+        for request in waiting[:3]:
+            names = {other.adapter for other in [*running, request]} - {None}
+            if len(running) < AT_ONCE and len(names) <= SLOTS:
+                waiting.remove(request)
+                running.append(request)
+        before = set(pool.names)
+        next_tokens(model, running, device)
+        rounds, loaded = rounds + 1, loaded + len(set(pool.names) - before)
+        running = [request for request in running if len(request.tokens) < request.wanted]
+    synchronize()
+    seconds = time.perf_counter() - start
+    return requests, rounds, loaded, seconds, sum(wrong_tokens(model, request, device) for request in requests)
+
+
+def arriving(generator: random.Random, vocabulary: int, count: int) -> list[Request]:
+    """Random requests of random tenants; some want the plain model."""
+
+    def request() -> Request:
+        prompt = [generator.randrange(vocabulary) for _ in range(generator.randint(4, 24))]
+        return Request(generator.choice([*TENANTS, None]), prompt, generator.randint(4, 16))
+
+    return [request() for _ in range(count)]
+
+
+def next_tokens(model: PreTrainedModel, batch: list[Request], device: str) -> None:
+    """A few more tokens for each request of a batch, padded on the left, each with its adapter."""
+    texts = [request.prompt + request.tokens for request in batch]
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts], device=device)
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
+    with use_adapters(model, [request.adapter for request in batch]):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS_A_ROUND, do_sample=False, pad_token_id=0
+        )
+    for request, row in zip(batch, out[:, longest:].tolist(), strict=True):
+        request.tokens = (request.tokens + row)[: request.wanted]
+
+
+def wrong_tokens(model: PreTrainedModel, request: Request, device: str) -> int:
+    """How many tokens differ from those of the request alone."""
+    alone = Request(request.adapter, request.prompt, request.wanted)
+    while len(alone.tokens) < alone.wanted:
+        next_tokens(model, [alone], device)
+    return sum(a != b for a, b in zip(alone.tokens, request.tokens, strict=True))
+
+
+def report_served(requests: list[Request], rounds: int, loaded: int, seconds: float, wrong: int) -> None:
+    """Prints the table of the server; exits with an error if a request got other tokens than it gets alone."""
+    tokens = sum(len(request.tokens) for request in requests)
+    used = len({request.adapter for request in requests} - {None})
+    print(f"\n{len(requests)} requests over {used} adapters in {SLOTS} slots, {AT_ONCE} at once")
+    print("rounds  tokens  tokens/s  adapters loaded  of them swapped in for another")
+    print(f"{rounds:6d}  {tokens:6d}  {tokens / seconds:8.0f}  {loaded:15d}  {loaded - SLOTS:30d}")
+    if wrong:
+        raise SystemExit(f"{wrong} of {tokens} tokens are not those of the request alone")
 
 
 def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
