@@ -105,6 +105,41 @@ def test_failed_load_changes_nothing(name: str, source: Adapter, message: str) -
     assert all(torch.equal(now, then) for now, then in zip(pool.lora("experts"), before, strict=True))
 
 
+def test_many_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    pool = AdapterPool({"experts": SPEC}, max_loras=3, max_lora_rank=8)
+    pool.load("first", adapter(8, seed=1))
+    sources = {name: adapter(4, seed=seed) for seed, name in enumerate(("a", "b", "c"))}
+    pool.load_many(sources, pin=True, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    assert pool.names == ["a", "b", "c"]  # the first one made room
+    single = AdapterPool({"experts": SPEC}, max_loras=3, max_lora_rank=8)
+    for name, source in sources.items():
+        single.load(name, source)
+    for name in sources:
+        for part, other in zip(pool.lora("experts")[:4], single.lora("experts")[:4], strict=True):
+            assert torch.equal(part[pool.slot(name)], other[single.slot(name)])
+    with pytest.raises(ValueError, match="no slot is free"):
+        pool.load("late", adapter(4, seed=9))
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"x": adapter(4, seed=3), "a": adapter(4, seed=4)}, "sources: 'a' taken already"),
+        ({"x": adapter(4, seed=3), "big": adapter(16, seed=4)}, "source: rank 16 of 'big'"),
+        ({name: adapter(4, seed=3) for name in "xyz"}, "name: no slot is free for 'x', 'y', 'z'"),
+    ],
+)
+def test_all_or_none(sources: dict[str, Adapter], message: str) -> None:
+    pool = AdapterPool({"experts": SPEC}, max_loras=2, max_lora_rank=8)
+    pool.load("a", adapter(8, seed=1))
+    before = [part.clone() for part in pool.lora("experts") if part is not None]
+    with pytest.raises(ValueError, match=message):
+        pool.load_many(sources)
+    assert pool.names == pool.known == ["a"]
+    assert all(torch.equal(now, then) for now, then in zip(pool.lora("experts"), before, strict=True))
+
+
 @pytest.mark.parametrize("sizes", [{"max_loras": 0, "max_lora_rank": 8}, {"max_loras": 2, "max_lora_rank": 0}])
 def test_sizes_are_checked(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="got 0, expected at least 1"):

@@ -58,12 +58,13 @@ def test_layer(case: Case, sorts: bool) -> None:
     "case",
     [
         Case(num_tokens=60, num_experts=2, rank=16),
+        Case(num_tokens=40, num_experts=2, rank=3),
         Case(num_tokens=30, num_experts=2, rank=40, hidden_size=130, intermediate_size=70, dtype=torch.float16),
         Case(num_tokens=50, num_experts=3, activation="swigluoai", interleaved=True, transposed=True, bias=True),
         Case(num_tokens=50, num_experts=3, is_gated=False, shared_outer=True, enabled=(True, False, True)),
         Case(num_tokens=40, num_experts=1, mapping=(-1,) * 40, odd_ids=False),
     ],
-    ids=["gated", "odd_sizes", "interleaved", "plain", "no_adapter"],
+    ids=["gated", "rank_3", "odd_sizes", "interleaved", "plain", "no_adapter"],
 )
 def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of every height, full ones, half empty ones and nearly empty ones."""

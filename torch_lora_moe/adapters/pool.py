@@ -177,6 +177,31 @@ class AdapterPool:
                 self._pinned.add(name)
             return self._install(name, adapter)
 
+    def load_many(
+        self, sources: Mapping[str, str | Path | Adapter], *, pin: bool = False, progress: bool = False
+    ) -> None:
+        """Loads adapters into slots now, all of them or, on a failure, none.
+
+        Args:
+            sources: by the name each is served under, the folder of a PEFT adapter, or one already read.
+            pin: keep them loaded until `unpin` or `unload`.
+            progress: show a progress bar over the files (needs tqdm).
+
+        Raises:
+            ValueError, FileNotFoundError: as for `load`, for any of them; the pool is then as it was.
+        """
+        self._refuse_taken(sources)
+        adapters = {name: self._read(name, source) for name, source in _with_bar(sources, progress)}
+        with self._lock:
+            # another thread may have come first while the files were read
+            self._refuse_taken(sources)
+            self._make_room(list(sources), keep=())
+            for name, adapter in adapters.items():
+                self.add(name, sources[name])
+                if pin:
+                    self._pinned.add(name)
+                self._install(name, adapter)
+
     def unload(self, name: str) -> None:
         """Forgets an adapter and frees its slot; tokens still mapped to it run without one.
 
@@ -267,6 +292,11 @@ class AdapterPool:
             raise ValueError(f"source: rank {adapter.rank} of {name!r} is above max_lora_rank {self.max_lora_rank}")
         return adapter
 
+    def _refuse_taken(self, names: Iterable[str]) -> None:
+        taken = [name for name in names if name in self.known]
+        if taken:
+            raise ValueError(f"sources: {', '.join(map(repr, taken))} taken already")
+
     def _make_room(self, names: Sequence[str], keep: Iterable[str]) -> None:
         """Evicts as many adapters as ``names`` need slots, none of them if they cannot all have one."""
         free = self.max_loras - len(self._slots)
@@ -313,3 +343,15 @@ class AdapterPool:
                 view[:, :, : source.shape[2]] = source.to(self.dtype)
             else:
                 target[..., : source.shape[-1]] = source.to(self.dtype)
+
+
+def _with_bar(
+    sources: Mapping[str, str | Path | Adapter], progress: bool
+) -> Iterable[tuple[str, str | Path | Adapter]]:
+    """The items, behind a progress bar if one is wanted."""
+    if not progress:
+        return sources.items()
+    from tqdm import tqdm
+
+    bar: Iterable[tuple[str, str | Path | Adapter]] = tqdm(sources.items(), desc="adapters", unit="adapter")
+    return bar
