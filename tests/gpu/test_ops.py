@@ -101,6 +101,21 @@ def test_weights_that_start_anywhere(tokens: int) -> None:
     check_by_adapter(moved)
 
 
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("tokens", [12, 150, 600, 3000])
+def test_each_token_is_isolated_from_other_slots(tokens: int, rank: int) -> None:
+    """Another adapter of the batch being NaN or infinite leaves every bit of the rest."""
+    layer = make_layer(tokens, rank=rank)
+    expected = whole_layer(layer)
+    parts = [part.clone() for part in layer.lora[:4]]
+    for part in parts:
+        part[1], part[2] = NAN, float("inf")
+    actual = whole_layer(dataclasses.replace(layer, lora=MoELoRA(*parts, layer.lora.adapter_enabled)))
+    rest = (layer.mapping != 1) & (layer.mapping != 2)
+    assert torch.equal(actual[rest], expected[rest])
+    assert rest.any()
+
+
 @pytest.mark.parametrize("tokens", [1, 40, 600, 3000])
 def test_many_slots_and_experts(tokens: int) -> None:
     check_by_adapter(make_layer(tokens, top_k=10, experts=300, slots=64, rank=16, hidden=64, inner=32))

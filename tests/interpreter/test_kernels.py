@@ -145,3 +145,23 @@ def test_skipped_parts_are_never_read(sorts: bool) -> None:
     hidden[3] = NAN
     lora = MoELoRA(*parts, inputs.lora.adapter_enabled)
     assert torch.equal(run(dataclasses.replace(inputs, hidden_states=hidden, lora=lora)), expected)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_each_token_is_isolated_from_other_slots(sorts: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All other slots NaN or infinite, in tiles and batches that they share, leaves every bit."""
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
+    mapping = (0, 1, 2, -1) * 6
+    inputs = make_inputs(Case(num_tokens=24, num_experts=2, mapping=mapping, odd_ids=False))
+    assert inputs.lora is not None
+    expected = run(inputs)
+    for slot in range(3):
+        parts = [part.clone() for part in inputs.lora[:4] if part is not None]
+        for part in parts:
+            part[[(slot + 1) % 3]] = NAN
+            part[[(slot + 2) % 3]] = float("inf")
+        actual = run(dataclasses.replace(inputs, lora=MoELoRA(*parts, None)))
+        untouched = [token for token, used in enumerate(mapping) if used in (slot, -1)]
+        assert torch.equal(actual[untouched], expected[untouched])
+        others = [token for token, used in enumerate(mapping) if used not in (slot, -1)]
+        assert not (actual[others] - expected[others]).abs().amax(1).lt(1.0).any()

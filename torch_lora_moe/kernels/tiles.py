@@ -107,6 +107,18 @@ def take_slots(
 
 
 @triton.jit
+def _finite(values):
+    """NaN and infinities as the largest number: rows of other slots meet a matrix with zeros, and 0 * NaN is NaN."""
+    if values.dtype == tl.bfloat16:
+        most: tl.constexpr = 3.3895313892515355e38
+    elif values.dtype == tl.float16:
+        most: tl.constexpr = 65504.0
+    else:
+        most: tl.constexpr = 3.4028234663852886e38
+    return tl.where(tl.abs(values) <= most, values, most)
+
+
+@triton.jit
 def load_b(
     b,
     matrix,
@@ -125,11 +137,11 @@ def load_b(
     rows = b + (matrix.to(tl.int64) * NUM_SLICES + PART) * (SLICE * RANK)
     if GROUPS == 1:
         mask = (n < SLICE)[:, None] & (r < RANK)[None, :] & (matrix >= 0)
-        return tl.load(rows + n[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+        return _finite(tl.load(rows + n[:, None] * RANK + r[None, :], mask=mask, other=0.0))
     else:
         mask = (n < SLICE)[:, None, None] & (matrix >= 0)[:, :, None] & (r < RANK)[None, None, :]
         values = tl.load(rows[:, :, None] + n[:, None, None] * RANK + r[None, None, :], mask=mask, other=0.0)
-        return tl.reshape(values, [BLOCK_N, GROUPS * BLOCK_R])
+        return _finite(tl.reshape(values, [BLOCK_N, GROUPS * BLOCK_R]))
 
 
 @triton.jit
