@@ -31,6 +31,15 @@ def test_every_way_agrees_with_the_oracle(problem: Problem, name: str) -> None:
     assert 0 < error < 0.012
 
 
+def test_layers_without_adapters_are_checked_too(problem: Problem) -> None:
+    bare = layers.without_adapters(problem)
+    exact = some_tokens(bare)
+    assert 0 < relative_error(layers.fused(bare), bare, exact) < 0.012
+    assert 0 < relative_error(layers.fused(bare, with_lora=False), bare, exact) < 0.012
+    with pytest.raises(AssertionError, match="float64 oracle"):
+        relative_error(layers.fused(problem), bare, exact)
+
+
 def test_a_wrong_layer_is_not_timed(problem: Problem) -> None:
     exact = some_tokens(problem)
     without = layers.fused(problem, with_lora=False)
@@ -63,7 +72,9 @@ def test_command_writes_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     bench.main()
     result = json.loads(out.read_text())
     assert [(row["rank"], row["tokens"]) for row in result["rows"]] == [(12, 1), (12, 3), (8, 1), (8, 3)]
-    assert all(row[name] > 0 for row in result["rows"] for name in ("fused", "hooks", "plain", "no_adapter"))
+    assert all(
+        row[name] > 0 for row in result["rows"] for name in ("fused", "hooks", "plain", "no_adapter", "plain_error")
+    )
     # rows of 24 bytes are none that torch's grouped product takes
     assert all((name in row) == (row["rank"] == 8) for row in result["rows"] for name in layers.BASELINES)
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

@@ -200,8 +200,7 @@ class ShrinkPlan:
         }
         if self.sorts:
             constants |= {"CLEAR": clear, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k}
-        constants |= {"EAGER": eager, "PDL": pdl}
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "EAGER": eager, "PDL": pdl}
         first = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         grid = (first, -(-rows // config.block_n), self.split_k)
         self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)

@@ -214,10 +214,8 @@ class TokenPlan:
     def _gate_up(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w13
         rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
-        config, pdl = (
-            vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), False),
-            has_dependent_launch(x.device),
-        )
+        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), False)
+        pdl = has_dependent_launch(x.device)
         constants = {
             "STRIDE_X": x.stride(0),
             **_strides(w),
@@ -241,10 +239,8 @@ class TokenPlan:
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
         rank = 0 if call.down_b is None else call.down_b.shape[3]
-        config, pdl = (
-            vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True),
-            has_dependent_launch(x.device),
-        )
+        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
+        pdl = has_dependent_launch(x.device)
         constants = {
             **_strides(w),
             "IN": self.inner,

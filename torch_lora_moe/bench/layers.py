@@ -62,14 +62,13 @@ def measure(
     def timed(layer: Layer, batch: list[Problem]) -> float:
         return timer([lambda problem=problem: layer(problem) for problem in batch])  # type: ignore[misc]
 
-    exact = some_tokens(problems[0])
-    for name, layer in WITH_LORA.items():
-        if name in BASELINES and not baselines:
-            continue
-        row[f"{name}_error"] = relative_error(layer(problems[0]), problems[0], exact)
-        row[name] = timed(layer, problems)
-    row["plain"] = timed(lambda problem: fused(problem, with_lora=False), problems)
-    row["no_adapter"] = timed(fused, [without_adapters(problem) for problem in problems])
+    ways = {name: (layer, problems) for name, layer in WITH_LORA.items() if baselines or name not in BASELINES}
+    bare = [without_adapters(problem) for problem in problems]
+    ways |= {"plain": (lambda problem: fused(problem, with_lora=False), bare), "no_adapter": (fused, bare)}
+    exact = {id(batch): some_tokens(batch[0]) for batch in (problems, bare)}
+    for name, (layer, batch) in ways.items():
+        row[f"{name}_error"] = relative_error(layer(batch[0]), batch[0], exact[id(batch)])
+        row[name] = timed(layer, batch)
     if on_gpu:
         row["floor"] = sum(problem.floor(True) for problem in problems) / len(problems)
         row["floor_plain"] = sum(problem.floor(False) for problem in problems) / len(problems)

@@ -13,7 +13,7 @@ MOST_ERROR = 0.012
 
 
 def some_tokens(problem: Problem, count: int = 24) -> Tensor:
-    """Rows of the layer's output in float64 for tokens spread over the batch, with LoRA: ``[count, H]``."""
+    """Rows of the layer's output in float64 for tokens spread over the batch, each with its adapter: ``[count, H]``."""
     tokens = sample(problem, count)
     out = torch.zeros(tokens.numel(), problem.shape.hidden_size, dtype=torch.float64, device=problem.x.device)
     for row, token in enumerate(tokens.tolist()):
@@ -30,11 +30,13 @@ def sample(problem: Problem, count: int) -> Tensor:
 
 
 def _pair(problem: Problem, token: int, expert: int, slot: int) -> Tensor:
-    gate_up_a, gate_up_b, down_a, down_b = (part.double() for part in _matrices(problem, expert, slot))
-    inner, rank = problem.shape.intermediate_size, down_b.shape[1]
-    x = problem.x[token].double()
-    s = gate_up_a @ x
+    inner, x = problem.shape.intermediate_size, problem.x[token].double()
     gate, up = (problem.w13[expert].double() @ x).split(inner)
+    if slot < 0:
+        plain: Tensor = problem.w2[expert].double() @ (F.silu(gate) * up)
+        return plain
+    gate_up_a, gate_up_b, down_a, down_b = (part.double() for part in _matrices(problem, expert, slot))
+    rank, s = down_b.shape[1], gate_up_a @ x
     gate, up = gate + gate_up_b[:inner] @ s[:rank], up + gate_up_b[inner:] @ s[rank:]
     h = F.silu(gate) * up
     y: Tensor = problem.w2[expert].double() @ h + down_b @ (down_a @ h)

@@ -49,6 +49,17 @@ def load_run(schedule, num_pairs, run):
 
 
 @triton.jit
+def fma(acc, left, right, there):
+    """``acc + left @ right.T``; ``there``: the rows that count."""
+    if left.dtype == tl.float32:
+        # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of additions
+        # would lose a digit
+        return acc + tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
+    else:
+        return tl.dot(left, right.T, acc)
+
+
+@triton.jit
 def wait_for_producer(PDL: tl.constexpr):
     """Until the kernel before has finished and its writes are visible; nothing it may write is read earlier."""
     if PDL:
@@ -77,10 +88,13 @@ def prefetch(pointers):
 
 @triton.jit
 def load_row(row, k, mask, BLOCK_N: tl.constexpr):
-    """``row[k]`` as fp32 ``[BLOCK_N, len(k)]``, all rows the same.
+    """``row[k]`` as fp32, to be multiplied with a tile of ``BLOCK_N`` rows.
 
-    Every row loads it: a vector of one dimension would reach the layout of a tile only through shared memory, behind a
-    barrier that holds up the loads after it.
+    For few rows each of them loads it: a vector of one dimension reaches the layout of a tile only through shared
+    memory, behind a barrier that holds up the loads after it. For many the repeated loads cost more.
     """
-    same = tl.zeros([BLOCK_N], tl.int32)[:, None]
-    return tl.load(row + k[None, :] + same, mask=mask[None, :] & (same == 0), other=0.0).to(tl.float32)
+    if BLOCK_N > 8:
+        return tl.load(row + k, mask=mask, other=0.0).to(tl.float32)[None, :]
+    else:
+        same = tl.zeros([BLOCK_N], tl.int32)[:, None]
+        return tl.load(row + k[None, :] + same, mask=mask[None, :] & (same == 0), other=0.0).to(tl.float32)

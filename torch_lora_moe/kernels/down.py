@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .common import known_experts, release_consumer, wait_for_producer
-from .tiles import fma, load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+from .common import fma, known_experts, release_consumer, wait_for_producer
+from .tiles import load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _down_tile(
             first_mine, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R, BLOCK_N)
+            first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
     if EARLY:
         wait_for_producer(PDL)
     h_rows = h + pairs.to(tl.int64)[:, None] * IN
@@ -72,21 +72,7 @@ def _down_tile(
         acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
     if RANK > 0:
         if PRELOAD:
-            s = load_shrunk(
-                shrunk,
-                pairs,
-                first_mine,
-                0,
-                num_pairs,
-                b.dtype.element_ty,
-                0,
-                1,
-                RANK,
-                NUM_PLANES,
-                GROUPS,
-                BLOCK_R,
-                BLOCK_M,
-            )
+            s = load_shrunk(shrunk, b, pairs, first_mine, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             acc = fma(acc, s, first_b, there)
             begin += GROUPS
         for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
@@ -94,22 +80,8 @@ def _down_tile(
                 slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
             for r in tl.static_range(0, RANK, BLOCK_R):
-                s = load_shrunk(
-                    shrunk,
-                    pairs,
-                    mine,
-                    r,
-                    num_pairs,
-                    b.dtype.element_ty,
-                    0,
-                    1,
-                    RANK,
-                    NUM_PLANES,
-                    GROUPS,
-                    BLOCK_R,
-                    BLOCK_M,
-                )
-                right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
                 acc = fma(acc, s, right, there)
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]

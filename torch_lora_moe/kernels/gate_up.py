@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .common import release_consumer, wait_for_producer
-from .tiles import fma, load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+from .common import fma, release_consumer, wait_for_producer
+from .tiles import load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def _gate_up_tile(
             first_mine, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            first_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+            first_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
             if IS_GATED:
-                first_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                first_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
 
     # interleaved rows come as one block, gate and up of a column next to each other
     wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
@@ -103,36 +103,10 @@ def _gate_up_tile(
         if EARLY:
             wait_for_producer(PDL)
         if PRELOAD:
-            s = load_shrunk(
-                shrunk,
-                pairs,
-                first_mine,
-                0,
-                num_pairs,
-                b.dtype.element_ty,
-                0,
-                slices,
-                RANK,
-                NUM_PLANES,
-                GROUPS,
-                BLOCK_R,
-                BLOCK_M,
-            )
+            s = load_shrunk(shrunk, b, pairs, first_mine, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             if IS_GATED:
                 up_s = load_shrunk(
-                    shrunk,
-                    pairs,
-                    first_mine,
-                    0,
-                    num_pairs,
-                    b.dtype.element_ty,
-                    1,
-                    slices,
-                    RANK,
-                    NUM_PLANES,
-                    GROUPS,
-                    BLOCK_R,
-                    BLOCK_M,
+                    shrunk, b, pairs, first_mine, 0, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
                 )
                 up = fma(up, up_s, first_up_b, there)
             gate = fma(gate, s, first_gate_b, there)
@@ -142,39 +116,13 @@ def _gate_up_tile(
                 slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
             for r in tl.static_range(0, RANK, BLOCK_R):
-                s = load_shrunk(
-                    shrunk,
-                    pairs,
-                    mine,
-                    r,
-                    num_pairs,
-                    b.dtype.element_ty,
-                    0,
-                    slices,
-                    RANK,
-                    NUM_PLANES,
-                    GROUPS,
-                    BLOCK_R,
-                    BLOCK_M,
-                )
-                gate_b = load_b(b, matrix, n, r, 0, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                gate_b = load_b(b, matrix, n, r, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
                 if IS_GATED:
                     up_s = load_shrunk(
-                        shrunk,
-                        pairs,
-                        mine,
-                        r,
-                        num_pairs,
-                        b.dtype.element_ty,
-                        1,
-                        slices,
-                        RANK,
-                        NUM_PLANES,
-                        GROUPS,
-                        BLOCK_R,
-                        BLOCK_M,
+                        shrunk, b, pairs, mine, r, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
                     )
-                    up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R, BLOCK_N)
+                    up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
                     up = fma(up, up_s, up_b, there)
                 gate = fma(gate, s, gate_b, there)
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)

@@ -1,14 +1,14 @@
 """Shrink: rank vectors ``s[p] = A[v] @ x`` of all pairs, in split-K planes of fp32.
 
 Few pairs take one program each and stream their own matrix (`shrink_pairs`, no sort, no tensor cores: the bytes of A
-are the time). Many pairs are sorted, so that the pairs of a virtual expert are neighbours: a run, which meets its
-matrix in one tensor-core product (`shrink_runs`).
+are the time; `shrink_streams` inside the whole layer, with copies in flight). Many pairs are sorted, so that the pairs
+of a virtual expert are neighbours: a run, which meets its matrix in one tensor-core product (`shrink_runs`).
 """
 
 import triton
 import triton.language as tl
 
-from .common import load_row, load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
+from .common import fma, load_row, load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
 
 
 @triton.jit
@@ -95,12 +95,7 @@ def _multiply(
         inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
         left = tl.load(x_rows + k[None, :], mask=there[:, None] & inside[None, :], other=0.0)
         right = tl.load(a_rows + k[None, :], mask=known[:, None] & inside[None, :], other=0.0)
-        if left.dtype == tl.float32:
-            # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of
-            # additions would lose a digit
-            acc += tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
-        else:
-            acc = tl.dot(left, right.T, acc)
+        acc = fma(acc, left, right, there)
     return acc
 
 

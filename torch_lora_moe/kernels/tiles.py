@@ -9,17 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def fma(acc, left, right, there):
-    """``acc + left @ right.T``; ``there``: the rows that count."""
-    if left.dtype == tl.float32:
-        # a sum of its own for each block, which the mask keeps the compiler from joining: one long chain of additions
-        # would lose a digit
-        return acc + tl.where(there[:, None], tl.dot(left, right.T, input_precision="ieee"), 0.0)
-    else:
-        return tl.dot(left, right.T, acc)
-
-
-@triton.jit
 def load_weight(
     w,
     expert,
@@ -130,7 +119,6 @@ def load_b(
     RANK: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
     """The slots' parts of B side by side: ``[columns, slots * ranks]``."""
     r = start + tl.arange(0, BLOCK_R)
@@ -141,26 +129,25 @@ def load_b(
     else:
         mask = (n < SLICE)[:, None, None] & (matrix >= 0)[:, :, None] & (r < RANK)[None, None, :]
         values = tl.load(rows[:, :, None] + n[:, None, None] * RANK + r[None, None, :], mask=mask, other=0.0)
-        return _finite(tl.reshape(values, [BLOCK_N, GROUPS * BLOCK_R]))
+        return _finite(tl.reshape(values, [n.shape[0], GROUPS * BLOCK_R]))
 
 
 @triton.jit
 def load_shrunk(
     shrunk,
+    b,
     pairs,
     mine,
     start,
     num_pairs,
-    dtype: tl.constexpr,
     PART: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     RANK: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
 ):
-    """Rank vectors ``[rows, slots * ranks]``, each row zero outside its own slot; planes are added in order."""
+    """Rank vectors ``[rows, slots * ranks]`` in B's dtype, each row zero outside its own slot; planes add in order."""
     r = start + tl.arange(0, BLOCK_R)
     rows = shrunk + (pairs.to(tl.int64) * NUM_SLICES + PART) * RANK
     if GROUPS == 1:
@@ -170,4 +157,4 @@ def load_shrunk(
     s = tl.load(source, mask=mask, other=0.0)
     for plane in tl.static_range(1, NUM_PLANES):
         s += tl.load(source + plane * num_pairs.to(tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
-    return tl.reshape(s.to(dtype), [BLOCK_M, GROUPS * BLOCK_R])
+    return tl.reshape(s.to(b.dtype.element_ty), [pairs.shape[0], GROUPS * BLOCK_R])
