@@ -195,12 +195,16 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once."""
+    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once.
+
+    ``preload`` pairs' weights are fetched before the vector is there.
+    """
 
     block_n: int
     block_k: int
     unroll: int
     num_warps: int
+    preload: int = 0
 
 
 def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, is_down: bool) -> VectorConfig:
@@ -211,12 +215,18 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, i
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
         # neighbours in memory are rows: many of them at once
-        return VectorConfig(64, min(32, deep), 2, 4)
-    if is_down and not rank:
-        return VectorConfig(4, min(1024, deep), 1, 4)
-    block_k = min(512 if inner % 512 == 0 and not is_down else 256, deep)
-    unroll = min(4, -(-inner // block_k))
-    return VectorConfig(4, block_k, unroll, 2) if is_down else VectorConfig(16 // itemsize, block_k, unroll, 4)
+        config = VectorConfig(64, min(32, deep), 2, 4)
+    elif is_down:
+        block_k = min(256, deep)
+        config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
+    else:
+        block_k = min(512 if inner % 512 == 0 else 256, deep)
+        config = VectorConfig(16 // itemsize, block_k, min(4, -(-inner // block_k)), 4)
+    if not is_down:
+        return config
+    # what is fetched early stays in registers, beside LoRA's own
+    registers = config.block_n * config.block_k * itemsize // (4 * 32 * config.num_warps)
+    return replace(config, preload=max(1, (96 if rank else 192) // (config.unroll * max(1, registers))))
 
 
 def _columns(size: int, most: int) -> int:
@@ -265,6 +275,9 @@ def down_config(product: Product) -> TileConfig:
     if rows < 128:
         preload = rows == 64 and product.rank <= 32
         return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
+    if product.rank > 32:
+        # more steps of LoRA: two programs of an SM take turns at them
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 3, *lora, tma=True)
     return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True)
 
 

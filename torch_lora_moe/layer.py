@@ -1,6 +1,7 @@
 """The whole layer on a GPU, LoRA folded into its two products.
 
-One token: shrink, then two products of weights and vectors, the second of which sums over experts (``kernels.matvec``).
+One token: shrink, then two products of weights and vectors, the second of which makes its own rank vectors and sums
+over experts (``kernels.matvec``).
 More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
 ended, and waits for it where it first reads what that one writes.
@@ -194,22 +195,13 @@ class TokenPlan:
         x, w13, w2, (num_tokens, top_k) = call.hidden_states, call.w13, call.w2, call.topk_ids.shape
         self.num_pairs, self.top_k, self.num_experts = num_tokens * top_k, top_k, w13.shape[0]
         self.max_loras, self.inner = call.max_loras, w2.shape[2]
-        h = x.new_empty(self.num_pairs, self.inner)
-        self.gate_up_shrink = self.down_shrink = None
+        self.gate_up_shrink = None
         if call.gate_up_a is not None:
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False, False)
-        if call.down_a is not None:
-            self.down_shrink = _Shrink(call, h, call.down_a, False, True)
+        # the rank vectors of down, and behind them the count of those that are done
+        rank = 0 if call.down_b is None else call.down_b.shape[3]
+        self.counter = -(-self.num_pairs * rank // 8) * 8 if rank else -1
         self.gate_up, self.down = self._gate_up(call), self._down(call)
-
-    def _lora(self, b: Tensor | None, shrink: _Shrink | None) -> dict[str, Any]:
-        rank = 0 if b is None else b.shape[3]
-        return {
-            "RANK": rank,
-            "RANK_POW2": power_of_two(max(rank, 1)),
-            "NUM_PLANES": 1 if shrink is None else shrink.planes,
-            "SHARED": b is not None and b.shape[1] < self.num_experts,
-        }
 
     def _gate_up(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w13
@@ -226,36 +218,50 @@ class TokenPlan:
             "ACTIVATION": call.activation,
             "HAS_BIAS": call.w13_bias is not None,
             "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
-            **self._lora(call.gate_up_b, self.gate_up_shrink),
+            "RANK": rank,
+            "RANK_POW2": power_of_two(max(rank, 1)),
+            "NUM_PLANES": 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes,
+            "SHARED": call.gate_up_b is not None and call.gate_up_b.shape[1] < self.num_experts,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
+            "COUNTER": self.counter,
             "EARLY": self.gate_up_shrink is not None,
             "PDL": pdl,
         }
         grid = (self.num_pairs, -(-self.inner // config.block_n), 1)
-        return Plan(matvec.gate_up_pairs, grid, constants, (config.num_warps, 1), pdl, aligned=6)
+        return Plan(matvec.gate_up_pairs, grid, constants, (config.num_warps, 1), pdl, aligned=7)
 
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
         rank = 0 if call.down_b is None else call.down_b.shape[3]
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
-        pdl = has_dependent_launch(x.device)
+        pdl, rows = has_dependent_launch(x.device), min(4, power_of_two(max(rank, 1)))
+        shrinkers = self.top_k * -(-rank // rows)
         constants = {
             **_strides(w),
-            "IN": self.inner,
+            "IN": w.shape[2],
             "OUT": w.shape[1],
             "TOP_K": self.top_k,
+            "K_POW2": power_of_two(self.top_k),
             "HAS_BIAS": call.w2_bias is not None,
             "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
-            **self._lora(call.down_b, self.down_shrink),
+            "RANK": rank,
+            "RANK_POW2": power_of_two(max(rank, 1)),
+            "SHARED": call.down_b is not None and call.down_b.shape[1] < self.num_experts,
+            "SHARED_A": call.down_a is not None and call.down_a.shape[1] < self.num_experts,
+            "SHRINKERS": shrinkers,
+            "BLOCK_R": rows,
+            "BLOCK_I": min(256 if w.shape[2] <= 1024 else 1024, max(16, power_of_two(w.shape[2]))),
+            "COUNTER": self.counter,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
+            "PRELOAD": min(config.preload, self.top_k),
             "PDL": pdl,
         }
-        grid = (self.num_pairs // self.top_k, -(-w.shape[1] // config.block_n), 1)
-        return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=6)
+        grid = (shrinkers + -(-w.shape[1] // config.block_n), 1, 1)
+        return Plan(matvec.down_token, grid, constants, (config.num_warps, 1), pdl, aligned=7)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
@@ -263,19 +269,18 @@ class TokenPlan:
         mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
         enabled = ids if call.adapter_enabled is None else call.adapter_enabled
         h, out = x.new_empty(self.num_pairs, self.inner), x.new_empty(x.shape)
+        down_shrunk = h if self.counter < 0 else x.new_empty(self.counter + 8)
         shrunk, b = h, w13
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
             shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, None), call.gate_up_b
         bias = w13 if call.w13_bias is None else call.w13_bias
         sizes = (self.num_pairs, self.top_k, self.num_experts, self.max_loras)
-        tensors = (x, w13, bias, h, shrunk, b, ids, mapping, enabled)
+        tensors = (x, w13, bias, h, shrunk, b, down_shrunk, ids, mapping, enabled)
         self.gate_up(tensors, *sizes, call.swiglu_alpha, call.swiglu_limit)
-        shrunk, b = h, w2
-        if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
-            shrunk, b = self.down_shrink(call, h, call.down_a, None), call.down_b
         bias = w2 if call.w2_bias is None else call.w2_bias
-        inputs = (h, w2, bias, out, shrunk, b, ids, mapping, enabled, call.topk_weights)
-        self.down(inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
+        a, b = (w2, w2) if call.down_a is None or call.down_b is None else (call.down_a, call.down_b)
+        inputs = (h, w2, bias, out, down_shrunk, b, a, ids, mapping, enabled, call.topk_weights)
+        self.down(inputs, self.num_experts, self.max_loras, call.routed_scaling_factor)
         return out
 
 

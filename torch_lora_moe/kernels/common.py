@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# The interpreter has no assembly.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def effective_slots(mapping, enabled, tokens, mask, max_loras, HAS_MAPPING: tl.constexpr, HAS_ENABLED: tl.constexpr):
@@ -84,6 +87,30 @@ def prefetch(pointers):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def wait_for_count(counter, count):
+    """Until ``count`` other programs of this launch have counted; what they stored before is visible then.
+
+    They must have lower numbers than this program, so that they are on the GPU when it waits.
+    """
+    # the interpreter runs programs in order
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred missing;
+            again:
+            ld.acquire.gpu.global.u32 $0, [$1];
+            setp.lt.u32 missing, $0, $2;
+            @missing bra again;
+            }""",
+            "=&r,l,r",
+            [counter.to(tl.int64), count],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

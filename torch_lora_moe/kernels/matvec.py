@@ -1,14 +1,15 @@
 """The layer for one token, where no two pairs share an expert: each program streams rows of weights past a vector.
 
 No sort and no tensor cores: the bytes of the weights are the time, so loads depend on each other as little as they can
-and nothing branches around them. The second product sums over the experts of its token.
+and nothing branches around them. The second product sums over the experts of its token; the rank vectors of its LoRA
+are made by the first programs of the same launch, while the others stream the base weight.
 """
 
 import triton
 import triton.language as tl
 
 from .activation import activate
-from .common import known_experts, load_row, release_consumer, virtual_ids, wait_for_producer
+from .common import known_experts, load_row, release_consumer, virtual_ids, wait_for_count, wait_for_producer
 
 
 @triton.jit
@@ -40,6 +41,12 @@ def _matrix(b, n, mask, RANK: tl.constexpr, RANK_POW2: tl.constexpr):
     return tl.load(pointers, mask=mask[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _counter(shrunk, COUNTER: tl.constexpr):
+    """The int32 that stands behind the rank vectors."""
+    return (shrunk + COUNTER).to(tl.pointer_type(tl.int32), bitcast=True)
+
+
 @triton.jit(
     do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "swiglu_alpha", "swiglu_limit"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
@@ -51,6 +58,7 @@ def gate_up_pairs(
     out,
     shrunk,
     b,
+    next_shrunk,
     topk_ids,
     mapping,
     enabled,
@@ -78,17 +86,21 @@ def gate_up_pairs(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    COUNTER: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (pairs, blocks of columns of the activation): ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
 
     ``RANK`` 0: no LoRA. ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
-    ``UNROLL`` steps of ``BLOCK_K`` columns are on their way at once.
+    ``UNROLL`` steps of ``BLOCK_K`` columns are on their way at once. ``COUNTER``: where in ``next_shrunk`` the next
+    kernel counts, from the zero that this one leaves there; -1: nowhere.
     """
     if not EARLY:
         wait_for_producer(PDL)
     release_consumer(PDL)
+    if COUNTER >= 0 and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(_counter(next_shrunk, COUNTER), 0)
     pair = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < SLICE
@@ -139,22 +151,70 @@ def gate_up_pairs(
     tl.store(out + pair.to(tl.int64) * SLICE + n, h.to(out.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _shrink_for_others(
+    h,
+    a,
+    shrunk,
+    topk_ids,
+    mapping,
+    enabled,
+    program,
+    num_experts,
+    max_loras,
+    IN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_ENABLED: tl.constexpr,
+    RANK: tl.constexpr,
+    SHARED_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    COUNTER: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """``BLOCK_R`` entries of a pair's rank vector; then counts itself as done."""
+    blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+    pair, rows = program // blocks, program % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, TOP_K, num_experts, max_loras, HAS_ENABLED)
+    wait_for_producer(PDL)
+    if virtual >= 0:
+        which = (virtual // num_experts if SHARED_A else virtual).to(tl.int64)
+        a_rows = a + which * (RANK * IN) + rows[:, None] * IN
+        acc = tl.zeros([BLOCK_R, BLOCK_I], tl.float32)
+        for start in range(0, IN, BLOCK_I):
+            i = start + tl.arange(0, BLOCK_I)
+            values = tl.load(a_rows + i[None, :], mask=(rows < RANK)[:, None] & (i < IN)[None, :], other=0.0)
+            acc += values.to(tl.float32) * load_row(h + pair.to(tl.int64) * IN, i, i < IN, BLOCK_R)
+        tl.store(shrunk + pair * RANK + rows, tl.sum(acc, 1).to(shrunk.dtype.element_ty), mask=rows < RANK)
+        # all of the program's stores come before its count
+        tl.debug_barrier()
+    tl.atomic_add(_counter(shrunk, COUNTER), 1, sem="release")
+
+
+@triton.jit
+def _load_weight(rows, start, here, IN: tl.constexpr, STRIDE_I: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns ``start`` on of the rows that are ``here``."""
+    i = start + tl.arange(0, BLOCK_K)
+    mask = here[:, None] & (i < IN)[None, :]
+    return tl.load(rows + i.to(tl.int64)[None, :] * STRIDE_I, mask=mask, other=0.0)
+
+
 @triton.jit(
-    do_not_specialize=["num_pairs", "num_experts", "max_loras"],
+    do_not_specialize=["num_experts", "max_loras"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "topk_weights"],
 )
-def down_tokens(
+def down_token(
     h,
     w,
     bias,
     out,
     shrunk,
     b,
+    a,
     topk_ids,
     mapping,
     enabled,
     topk_weights,
-    num_pairs,
     num_experts,
     max_loras,
     factor,
@@ -164,47 +224,97 @@ def down_tokens(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     TOP_K: tl.constexpr,
+    K_POW2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     RANK: tl.constexpr,
     RANK_POW2: tl.constexpr,
-    NUM_PLANES: tl.constexpr,
     SHARED: tl.constexpr,
+    SHARED_A: tl.constexpr,
+    SHRINKERS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    COUNTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
+    PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tokens, blocks of columns): ``out[t] = factor * sum_k weight * (w[e] @ h[p] + bias + B[v] @ s[p])``."""
+    """``SHRINKERS`` programs for the rank vectors, then one for each block of columns:
+    ``out = factor * sum_k weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
+
+    The first ``UNROLL`` steps of ``PRELOAD`` pairs' weights are fetched before the kernel waits for ``h``.
+    """
     release_consumer(PDL)
-    token = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = n < OUT
-    wait_for_producer(PDL)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    rest = tl.zeros([BLOCK_N], tl.float32)
-    for k in tl.static_range(TOP_K):
-        pair = token * TOP_K + k
-        expert = known_experts(topk_ids, pair, True, num_experts)
-        known = expert < num_experts
-        here = inside & known
-        row = tl.where(known, expert, 0).to(tl.int64)
-        scale = tl.load(topk_weights + pair, mask=known, other=0.0).to(tl.float32)
-        rows = w + row * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
-        for outer in range(0, IN, BLOCK_K * UNROLL):
+    program = tl.program_id(0)
+    if program < SHRINKERS:
+        _shrink_for_others(
+            h,
+            a,
+            shrunk,
+            topk_ids,
+            mapping,
+            enabled,
+            program,
+            num_experts,
+            max_loras,
+            IN,
+            TOP_K,
+            HAS_ENABLED,
+            RANK,
+            SHARED_A,
+            BLOCK_R,
+            BLOCK_I,
+            COUNTER,
+            PDL,
+        )
+    else:
+        n = (program - SHRINKERS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < OUT
+        experts = ()
+        first = ()
+        for k in tl.static_range(TOP_K):
+            experts += (known_experts(topk_ids, k, True, num_experts),)
+        for k in tl.static_range(PRELOAD):
+            known = experts[k] < num_experts
+            rows = w + tl.where(known, experts[k], 0).to(tl.int64) * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
             for inner in tl.static_range(UNROLL):
-                i = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
-                mask = here[:, None] & (i < IN)[None, :] if IN % (BLOCK_K * UNROLL) != 0 else here[:, None]
-                weight = tl.load(rows + i.to(tl.int64)[None, :] * STRIDE_I, mask=mask, other=0.0).to(tl.float32)
-                acc += weight * (load_row(h + pair.to(tl.int64) * IN, i, known & (i < IN), BLOCK_N) * scale)
-        if HAS_BIAS:
-            rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
+                first += (_load_weight(rows, inner * BLOCK_K, inside & known, IN, STRIDE_I, BLOCK_K),)
         if RANK > 0:
-            virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, TOP_K, num_experts, max_loras, HAS_ENABLED)
-            adapted = virtual >= 0
-            which = tl.where(adapted, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
-            matrix = _matrix(b + which * (OUT * RANK), n, inside & adapted, RANK, RANK_POW2)
-            s = _rank_vector(shrunk, pair, num_pairs, adapted, 0, RANK, RANK, RANK_POW2, NUM_PLANES)
-            rest += scale * tl.sum(matrix * s[None, :], 1)
-    result = (tl.sum(acc, 1) + rest) * factor
-    tl.store(out + token.to(tl.int64) * OUT + n, result.to(out.dtype.element_ty), mask=inside)
+            pairs, ranks = tl.arange(0, K_POW2), tl.arange(0, RANK_POW2)
+            virtual = virtual_ids(
+                topk_ids, mapping, enabled, pairs, pairs < TOP_K, TOP_K, num_experts, max_loras, HAS_ENABLED
+            )
+            which = tl.where(virtual >= 0, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
+            there = ((virtual >= 0) & (pairs < TOP_K))[:, None] & (ranks < RANK)[None, :]
+            rows_b = b + which[:, None, None] * (OUT * RANK) + n.to(tl.int64)[None, :, None] * RANK
+            matrices = tl.load(rows_b + ranks[None, None, :], mask=there[:, None, :] & inside[None, :, None], other=0.0)
+            scales = tl.load(topk_weights + pairs, mask=pairs < TOP_K, other=0.0).to(tl.float32)
+        wait_for_producer(PDL)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        rest = tl.zeros([BLOCK_N], tl.float32)
+        for k in tl.static_range(TOP_K):
+            known = experts[k] < num_experts
+            here = inside & known
+            row = tl.where(known, experts[k], 0).to(tl.int64)
+            scale = tl.load(topk_weights + k, mask=known, other=0.0).to(tl.float32)
+            rows = w + row * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
+            if k < PRELOAD:
+                for inner in tl.static_range(UNROLL):
+                    i = inner * BLOCK_K + tl.arange(0, BLOCK_K)
+                    value = load_row(h + k * IN, i, known & (i < IN), BLOCK_N) * scale
+                    acc += first[k * UNROLL + inner].to(tl.float32) * value
+            for outer in range(BLOCK_K * UNROLL if k < PRELOAD else 0, IN, BLOCK_K * UNROLL):
+                for inner in tl.static_range(UNROLL):
+                    i = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
+                    weight = _load_weight(rows, outer + inner * BLOCK_K, here, IN, STRIDE_I, BLOCK_K)
+                    acc += weight.to(tl.float32) * (load_row(h + k * IN, i, known & (i < IN), BLOCK_N) * scale)
+            if HAS_BIAS:
+                rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
+        if RANK > 0:
+            wait_for_count(_counter(shrunk, COUNTER), SHRINKERS)
+            s = tl.load(shrunk + pairs[:, None] * RANK + ranks[None, :], mask=there, other=0.0).to(tl.float32)
+            delta = tl.sum(matrices.to(tl.float32) * (s * scales[:, None])[:, None, :], 2)
+            rest += tl.sum(delta, 0)
+        tl.store(out + n, ((tl.sum(acc, 1) + rest) * factor).to(out.dtype.element_ty), mask=inside)

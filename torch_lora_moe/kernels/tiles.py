@@ -7,6 +7,8 @@ zero outside its own slot) with their matrices side by side.
 import triton
 import triton.language as tl
 
+from .common import INTERPRETED
+
 
 @triton.jit
 def load_weight(
@@ -97,14 +99,30 @@ def take_slots(
 
 @triton.jit
 def _finite(values):
-    """NaN and infinities as the largest number: rows of other slots meet a matrix with zeros, and 0 * NaN is NaN."""
-    if values.dtype == tl.bfloat16:
-        most: tl.constexpr = 3.3895313892515355e38
-    elif values.dtype == tl.float16:
-        most: tl.constexpr = 65504.0
+    """NaN and infinities as the largest numbers: rows of other slots meet a matrix with zeros, and 0 * NaN is NaN."""
+    if INTERPRETED or values.dtype == tl.float32:
+        limits: tl.constexpr = (65504.0, 3.3895313892515355e38, 3.4028234663852886e38)
+        most: tl.constexpr = limits[0 if values.dtype == tl.float16 else 1 if values.dtype == tl.bfloat16 else 2]
+        return tl.where(tl.abs(values) <= most, values, most)
+    elif values.dtype == tl.bfloat16:
+        # two at a time, as they stand in a register; of a number and NaN these take the number
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 m; mov.b32 m, 0x7F7F7F7F; min.bf16x2 $0, $1, m; mov.b32 m, 0xFF7FFF7F; max.bf16x2 $0, $0, m;}",
+            "=r,r",
+            [values],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        most: tl.constexpr = 3.4028234663852886e38
-    return tl.where(tl.abs(values) <= most, values, most)
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 m; mov.b32 m, 0x7BFF7BFF; min.f16x2 $0, $1, m; mov.b32 m, 0xFBFFFBFF; max.f16x2 $0, $0, m;}",
+            "=r,r",
+            [values],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
