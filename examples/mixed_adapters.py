@@ -1,6 +1,6 @@
 """One batch, many adapters: a Qwen3-MoE model with a PEFT adapter per request, checked against PEFT.
 
-Builds a small Qwen3-MoE model with random weights, makes adapters with PEFT and saves them, loads four of them into an
+Builds a small Qwen3-MoE model with random weights, makes adapters with PEFT and saves them, loads eight of them into an
 `AdapterPool`, and generates for one mixed batch: eager and compiled. PEFT has to run one adapter after the other.
 
 Then serves requests that arrive and leave, over twenty adapters through a pool of six slots, which swaps them.
@@ -36,8 +36,12 @@ ADAPTERS = {
     "legal": {"r": 8, "lora_alpha": 16},
     "medical": {"r": 12, "lora_alpha": 12},
     "code": {"r": 16, "lora_alpha": 8, "use_rslora": True},
+    "german": {"r": 8, "lora_alpha": 8},
+    "french": {"r": 8, "lora_alpha": 32},
+    "polite": {"r": 4, "lora_alpha": 4, "use_rslora": True},
+    "terse": {"r": 16, "lora_alpha": 16},
 }
-REQUESTS = [*ADAPTERS, None, *ADAPTERS, None, "legal", "code"]
+REQUESTS = [*ADAPTERS, None, "legal", "code", None, "support", "french", "legal", "terse"]
 
 # the second part: adapters, slots for them, and how many requests run at once and for how many tokens between arrivals
 TENANTS = {f"tenant-{i:02d}": {"r": (4, 8, 16)[i % 3], "lora_alpha": 16} for i in range(20)}
@@ -72,7 +76,7 @@ def main() -> None:
         progress.update()
 
         step("loading the adapters into a pool")
-        pool = AdapterPool(expert_layers(model), max_loras=4, max_lora_rank=16, device=device)
+        pool = AdapterPool(expert_layers(model), max_loras=len(ADAPTERS), max_lora_rank=16, device=device)
         for name in ADAPTERS:
             pool.load(name, Path(folder) / name)
         enable(model, pool)

@@ -16,7 +16,7 @@ from torch_lora_moe import routing
 from torch_lora_moe.checks import FusedArguments
 
 # Gathering a weight per row costs a copy of it; above this many elements a product per group is cheaper.
-GATHER_LIMIT = 1 << 18
+GATHER_LIMIT = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -227,14 +227,15 @@ def _lora_groups(schedule: Tensor, weights: Tensor, num_experts: int) -> tuple[T
 def _grouped_linear(x: Tensor, weights: Tensor, groups: list[Group]) -> Tensor:
     """``x[rows] @ weights[group].T`` for each group: fp32 ``[rows of x, N]``; ``weights`` is ``[groups, N, in]``."""
     _, num_out, num_in = weights.shape
+    sizes = [group.stop - group.start for group in groups]
     if x.shape[0] * num_out * num_in <= GATHER_LIMIT:
-        sizes = torch.tensor([group.stop - group.start for group in groups], dtype=torch.int64)
-        index = torch.tensor([group.weight for group in groups], dtype=torch.int64).repeat_interleave(sizes)
+        index = torch.tensor([group.weight for group in groups for _ in range(group.start, group.stop)], dtype=torch.int64)
         return torch.bmm(weights[index].float(), x.unsqueeze(2)).squeeze(2)
     out = x.new_empty(x.shape[0], num_out)
-    for group in groups:
-        rows = slice(group.start, group.stop)
-        torch.mm(x[rows], weights[group.weight].float().t(), out=out[rows])
+    # views are made for all groups at once where that can be: one by one they cost as much as small products
+    transposed = weights.transpose(1, 2)
+    for group, rows, target in zip(groups, x.split(sizes), out.split(sizes), strict=True):
+        torch.mm(rows, transposed[group.weight].float(), out=target)
     return out
 
 
@@ -259,10 +260,13 @@ def _add_lora(
     if a is None or b is None:
         return
     adapted = (schedule[routing.SORTED_VIRTUAL_IDS, : x.shape[0]] >= 0).nonzero().squeeze(1)
+    if adapted.numel() == 0:
+        return
     _, groups = _lora_groups(schedule, a, num_experts)
     shrunk = _grouped_linear(x[adapted], a.flatten(0, 1), groups)
-    _, groups = _lora_groups(schedule, b, num_experts)
-    rows[adapted] += _expand(shrunk, b, groups, num_slices)
+    if b.shape[1] != a.shape[1]:
+        _, groups = _lora_groups(schedule, b, num_experts)
+    rows.index_add_(0, adapted, _expand(shrunk, b, groups, num_slices))
 
 
 def _activate(gate_up: Tensor, call: FusedArguments) -> Tensor:
