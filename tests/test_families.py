@@ -105,7 +105,9 @@ def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batch_is_the_merged_models(family: str) -> None:
     model = tiny(family)
-    layers, dense = expert_layers(model), dense_layers(model, DENSE.get(family, ["o_proj"]))
+    routers = [name for name, module in model.named_modules() if "router" in type(module).__name__.lower()]
+    assert routers
+    layers, dense = expert_layers(model), dense_layers(model, [*DENSE.get(family, ["o_proj"]), *routers])
     adapters = {"a": random_adapter(layers, dense, 4, seed=1), "b": random_adapter(layers, dense, 6, seed=2)}
     alone = {None: model, **{name: merged(model, adapter) for name, adapter in adapters.items()}}
     names = ["a", None, "b"]

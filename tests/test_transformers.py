@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import gpt_oss, mixtral, qwen3_moe, with_peft
+from models import TARGETS, gpt_oss, mixtral, qwen3_moe, with_peft
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -111,6 +112,36 @@ def test_attention_of_the_same_adapters(compiled: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no linear layer of Qwen3MoeForCausalLM is named 'p_proj'"):
         dense_layers(model, ["p_proj"])
     assert pool.nbytes == pool.adapter_nbytes * 3
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_router_of_the_same_adapter(compiled: bool, tmp_path: Path) -> None:
+    """The adapter's router picks other experts for its own request only, as PEFT's does."""
+    model = qwen3_moe()
+    options = {"r": 3, "target_parameters": [*TARGETS, "mlp.gate.weight"]}
+    peft_model = with_peft(model, {"default": options}, tmp_path)
+    pool = AdapterPool(expert_layers(model), dense=dense_layers(model, ["mlp.gate"]), max_loras=1, max_lora_rank=4)
+    pool.load("a", tmp_path)
+    enable(model, pool)
+    ids, mask = torch.randint(1, 64, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
+    torch._dynamo.reset()
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+    with torch.no_grad(), use_adapters(model, ["a", None]):
+        out = forward(input_ids=ids, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(out.logits[:1], alone(peft_model, "default", ids[:1], mask[:1]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.logits[1:], alone(peft_model, None, ids[1:], mask[1:]), rtol=1e-4, atol=1e-4)
+    pool.unload("a")
+    pool.load("a", _without_router(tmp_path))
+    with torch.no_grad(), use_adapters(model, ["a", None]):
+        other = forward(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert (other.logits[0] - out.logits[0]).abs().max() > 0.01, "the router matters"
+    torch.testing.assert_close(other.logits[1], out.logits[1])
+
+
+def _without_router(folder: Path) -> Path:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({key: t for key, t in tensors.items() if ".gate." not in key}, folder / "adapter_model.safetensors")
+    return folder
 
 
 def test_more_adapters_than_slots(tmp_path: Path) -> None:

@@ -229,7 +229,9 @@ def _grouped_linear(x: Tensor, weights: Tensor, groups: list[Group]) -> Tensor:
     _, num_out, num_in = weights.shape
     sizes = [group.stop - group.start for group in groups]
     if x.shape[0] * num_out * num_in <= GATHER_LIMIT:
-        index = torch.tensor([group.weight for group in groups for _ in range(group.start, group.stop)], dtype=torch.int64)
+        index = torch.tensor(
+            [group.weight for group in groups for _ in range(group.start, group.stop)], dtype=torch.int64
+        )
         return torch.bmm(weights[index].float(), x.unsqueeze(2)).squeeze(2)
     out = x.new_empty(x.shape[0], num_out)
     # views are made for all groups at once where that can be: one by one they cost as much as small products

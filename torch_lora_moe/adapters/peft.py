@@ -1,8 +1,8 @@
 """Reads adapters that PEFT saved: ``adapter_config.json`` and ``adapter_model.safetensors``; never unpickles.
 
-Formats: a LoRA pair for each expert's linear layers (see ``per_expert``), and LoRA on fused expert parameters
-(``target_parameters`` on ``gate_up_proj`` / ``up_proj`` and ``down_proj``, PEFT's ``ParamWrapper``). Everything else in
-a checkpoint is refused with the name of the key.
+Formats: a LoRA pair for each expert's linear layers (see ``per_expert``), matrices stacked over the experts or shared
+by them (see ``stacked``), and LoRA on fused expert parameters (``target_parameters`` on ``gate_up_proj`` / ``up_proj``
+and ``down_proj``, PEFT's ``ParamWrapper``). Everything else in a checkpoint is refused with the name of the key.
 
 Fused parameters on disk, for a module ``<path>`` with ``E`` experts and rank ``r``:
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torch_lora_moe.adapters import per_expert
+from torch_lora_moe.adapters import per_expert, stacked
 from torch_lora_moe.adapters.layout import (
     Adapter,
     AdapterFormatError,
@@ -103,6 +103,7 @@ def _from_tensors(
 ) -> Adapter:
     sides: dict[tuple[str, bool], dict[str, tuple[str, Tensor]]] = {}
     experts: dict[str, dict[tuple[int, str], dict[str, per_expert.Half]]] = {}
+    wholes: dict[str, dict[str, dict[str, per_expert.Half]]] = {}
     linear: dict[str, dict[str, per_expert.Half]] = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -116,15 +117,28 @@ def _from_tensors(
             pair = experts.setdefault(place.layer, {}).setdefault((place.expert, place.projection), {})
             pair[place.side] = per_expert.Half(key, tensor)
             continue
+        whole = stacked.parse(key, key.removeprefix(PREFIX), layers)
+        if whole is not None:
+            halves = wholes.setdefault(whole.layer, {}).setdefault(whole.projection, {})
+            if whole.side in halves:
+                raise AdapterFormatError(f"{key}: {halves[whole.side].key} is the same matrix by another name")
+            halves[whole.side] = per_expert.Half(key, tensor)
+            continue
         module, inner, side = _parse_key(key, layers)
         sides.setdefault((module, inner), {})[side] = (key, tensor)
 
     found = {layer: per_expert.experts_lora(layer, pairs, layers[layer], config) for layer, pairs in experts.items()}
+    for layer, by_projection in wholes.items():
+        if layer in found:
+            key = next(iter(next(iter(by_projection.values())).values())).key
+            raise AdapterFormatError(f"{key}: {layer} has matrices of single experts too")
+        found[layer] = stacked.experts_lora(layer, by_projection, layers[layer], config)
     for module in dict.fromkeys(module for module, _ in sides):
         pairs = {inner: sides[module, inner] for inner in (True, False) if (module, inner) in sides}
         if module in found:
             key = next(iter(sides[module, next(iter(pairs))].values()))[0]
-            raise AdapterFormatError(f"{key}: {module} has matrices of single experts too")
+            kind = "single experts" if module in experts else "stacked experts"
+            raise AdapterFormatError(f"{key}: {module} has matrices of {kind} too")
         found[module] = _experts_lora(module, pairs, layers[module], config)
     pairs_of = {name: (dense[name].in_features, dense[name].out_features) for name in linear}
     return Adapter(

@@ -48,18 +48,26 @@ def parse(key: str, name: str, layers: Mapping[str, ExpertsSpec]) -> Place | Non
     match = KEY.fullmatch(name)
     if match is None:
         return None
-    layer = match["experts"]
-    for parent in OLD_PARENTS:
-        if layer not in layers:
-            layer = match["experts"].replace(f".{parent}.experts", ".mlp.experts")
-    if layer not in layers:
-        raise AdapterFormatError(f"{key}: {match['experts']} is no MoE layer of the model")
+    layer = layer_of(key, match["experts"], layers)
     spec, expert, projection = layers[layer], int(match["expert"]), PROJECTIONS.get(match["projection"])
     if expert >= spec.num_experts:
         raise AdapterFormatError(f"{key}: expert {expert}, but {layer} has {spec.num_experts}")
     if projection is None or (projection == "gate" and not spec.is_gated):
         raise AdapterFormatError(f"{key}: the experts of {layer} have no {match['projection']}")
     return Place(layer, expert, match["projection"], match["side"])
+
+
+def layer_of(key: str, experts: str, layers: Mapping[str, ExpertsSpec]) -> str:
+    """The model's name for the module that ``key`` calls ``experts``.
+
+    Raises:
+        AdapterFormatError: the model has no such layer.
+    """
+    names = [experts, *(experts.replace(f".{parent}.experts", ".mlp.experts") for parent in OLD_PARENTS)]
+    for name in names:
+        if name in layers:
+            return name
+    raise AdapterFormatError(f"{key}: {experts} is no MoE layer of the model")
 
 
 def experts_lora(

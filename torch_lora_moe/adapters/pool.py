@@ -31,6 +31,8 @@ class AdapterPool:
         max_lora_rank: padded rank ``R``; adapters of a smaller rank are zero-padded.
         dense: linear layers outside the experts that adapters may have matrices for, likewise, see ``dense_layers``
             there; an adapter with matrices for any other layer is refused.
+        shared_outer: each slot holds one A of gate and up, and one B of down, for all experts of a layer; adapters that
+            have them for each expert are refused. Without it, adapters that share them are copied for each expert.
         dtype: dtype of the stored matrices, that of the model's hidden states.
         device: where they live.
 
@@ -45,6 +47,7 @@ class AdapterPool:
         max_loras: int,
         max_lora_rank: int,
         dense: Mapping[str, DenseSpec] | None = None,
+        shared_outer: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -54,7 +57,7 @@ class AdapterPool:
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         self.layers, self.dense = dict(layers), dict(dense or {})
-        self.max_loras, self.max_lora_rank = max_loras, max_lora_rank
+        self.max_loras, self.max_lora_rank, self.shared_outer = max_loras, max_lora_rank, shared_outer
         self.adapter_enabled = torch.zeros(max_loras, dtype=torch.bool, device=device)
         # of a tensor, so that it names the GPU where the argument only says cuda
         self.dtype, self.device = dtype, self.adapter_enabled.device
@@ -69,11 +72,12 @@ class AdapterPool:
 
     def _empty_slots(self, spec: ExpertsSpec) -> MoELoRA:
         slots, experts, rank = self.max_loras, spec.num_experts, self.max_lora_rank
+        outer = 1 if self.shared_outer else experts
         shapes = (
-            (slots, experts, spec.num_slices * rank, spec.hidden_size),
+            (slots, outer, spec.num_slices * rank, spec.hidden_size),
             (slots, experts, spec.gate_up_size, rank),
             (slots, experts, rank, spec.intermediate_size),
-            (slots, experts, spec.hidden_size, rank),
+            (slots, outer, spec.hidden_size, rank),
         )
         a13, b13, a2, b2 = (torch.zeros(shape, dtype=self.dtype, device=self.device) for shape in shapes)
         return MoELoRA(a13, b13, a2, b2, self.adapter_enabled)
@@ -290,6 +294,13 @@ class AdapterPool:
         adapter = source if isinstance(source, Adapter) else read_adapter(source, self.layers, self.dense)
         if adapter.rank > self.max_lora_rank:
             raise ValueError(f"source: rank {adapter.rank} of {name!r} is above max_lora_rank {self.max_lora_rank}")
+        for layer, lora in adapter.layers.items():
+            outer = [part.shape[0] for part in (lora.gate_up_a, lora.down_b) if part is not None]
+            if self.shared_outer and any(experts > 1 for experts in outer) and self.layers[layer].num_experts > 1:
+                raise ValueError(
+                    f"source: {name!r} has matrices of its own for each expert of {layer} where the pool's adapters "
+                    "share one (shared_outer)"
+                )
         return adapter
 
     def _refuse_taken(self, names: Iterable[str]) -> None:

@@ -13,12 +13,15 @@ that the layers share, where ``torch.compile`` and CUDA graphs can see them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from torch_lora_moe import reference
@@ -95,26 +98,38 @@ def expert_layers(model: nn.Module) -> dict[str, ExpertsSpec]:
 
 
 def dense_layers(model: nn.Module, names: Sequence[str]) -> dict[str, DenseSpec]:
-    """The linear layers outside the experts whose name ends in one of ``names``, by module name.
+    """The linear layers and routers outside the experts whose name ends in one of ``names``, by module name.
 
     Args:
         model: a Transformers model.
-        names: last parts of module names, such as ``q_proj`` or ``shared_expert.up_proj``.
+        names: last parts of module names, such as ``q_proj``, ``shared_expert.up_proj`` or ``mlp.gate``.
 
     Raises:
-        ValueError: no linear layer has one of the names.
+        ValueError: no linear layer or router has one of the names.
     """
+    linear = _linear_layers(model)
     found: dict[str, DenseSpec] = {}
     for suffix in names:
-        matches = {
-            name: DenseSpec(module.in_features, module.out_features)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and (name == suffix or name.endswith(f".{suffix}"))
-        }
+        matches = {name: spec for name, spec in linear.items() if name == suffix or name.endswith(f".{suffix}")}
         if not matches:
             raise ValueError(f"names: no linear layer of {type(model).__name__} is named {suffix!r}")
         found |= matches
     return found
+
+
+def _linear_layers(model: nn.Module) -> dict[str, DenseSpec]:
+    """All linear layers and routers by module name."""
+    return {
+        name: DenseSpec(module.weight.shape[1], module.weight.shape[0])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _is_router(module)
+    }
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a module turns hidden states into experts, its logits a linear layer's."""
+    weight = getattr(module, "weight", None)
+    return "router" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
 def enable(model: nn.Module, pool: AdapterPool) -> None:
@@ -130,10 +145,9 @@ def enable(model: nn.Module, pool: AdapterPool) -> None:
     specs = expert_layers(model)
     if specs != pool.layers:
         raise ValueError("pool: its layers are not those of the model, expected expert_layers(model)")
-    linear_layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear_layers = _linear_layers(model)
     for name, spec in pool.dense.items():
-        found = linear_layers.get(name)
-        if found is None or (found.in_features, found.out_features) != (spec.in_features, spec.out_features):
+        if linear_layers.get(name) != spec:
             raise ValueError(
                 f"pool: its dense layer {name} is no such linear layer of the model, expected dense_layers"
             )
@@ -149,11 +163,11 @@ def enable(model: nn.Module, pool: AdapterPool) -> None:
         module.lora_moe = LayerBinding(pool.lora(name), requests, activation, alpha, limit)
     for handle in getattr(model, "lora_moe_handles", ()):
         handle.remove()
-    handles = []
+    handles: list[Any] = []
     for name in pool.dense:
         linear = model.get_submodule(name)
         linear.lora_moe = DenseBinding(pool.dense_lora(name), pool.adapter_enabled, requests)
-        handles.append(linear.register_forward_hook(add_dense))
+        handles.append(RouterPatch(linear) if _is_router(linear) else linear.register_forward_hook(add_dense))
     model.lora_moe_handles = handles  # type: ignore[assignment]
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     model.set_experts_implementation(NAME)  # type: ignore[operator]
@@ -213,10 +227,45 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     )
 
 
-def add_dense(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Forward hook of a linear layer: adds each token's delta to its output."""
-    binding: Any = module.lora_moe
-    x, out = inputs[0].flatten(0, -2).contiguous(), output.flatten(0, -2)
+class RouterPatch:
+    """Runs a router with its tokens' deltas until it is removed; its logits never leave it, so no hook can add them."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router, self.forward = router, router.forward
+        router.forward = MethodType(routed(self.forward), router)
+
+    def remove(self) -> None:
+        """Gives the router its own forward back."""
+        self.router.forward = self.forward
+
+
+class AddToLinear(TorchFunctionMode):
+    """Adds ``delta`` to what `torch.nn.functional.linear` returns."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result of ``func``."""
+        out = func(*args, **(kwargs or {}))
+        return out + self.delta.view(out.shape).to(out.dtype) if func is F.linear else out
+
+
+def routed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a router with each token's delta added to its logits."""
+
+    def run(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = hidden_states.flatten(0, -2).contiguous()
+        delta = _dense_delta(self.lora_moe, x, x.new_zeros(x.shape[0], self.weight.shape[0]))
+        with AddToLinear(delta):
+            return forward(hidden_states, *args, **kwargs)
+
+    return run
+
+
+def _dense_delta(binding: Any, x: Tensor, out: Tensor) -> Tensor:
+    """``out`` with each token's delta added in place."""
     tokens = x.shape[0]
     virtual_experts_lora_add(
         out.unsqueeze(1),
@@ -228,7 +277,13 @@ def add_dense(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> 
         binding.requests.per_token(tokens),
         adapter_enabled=binding.adapter_enabled,
     )
-    return out.view(output.shape)
+    return out
+
+
+def add_dense(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Forward hook of a linear layer: adds each token's delta to its output."""
+    x = inputs[0].flatten(0, -2).contiguous()
+    return _dense_delta(module.lora_moe, x, output.flatten(0, -2)).view(output.shape)
 
 
 def _is_experts(module: nn.Module) -> bool:
