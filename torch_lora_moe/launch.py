@@ -82,13 +82,13 @@ class RoutePlan:
         self.chunk = 256 if num_pairs <= 65536 else 512
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
-        wide = (max_loras + 1) * num_tokens >= 2**31
-        order = {"HAS_ENABLED": flagged, "PDL": pdl, "WIDE": wide, "BLOCK_P": 16, "BLOCK_Q": 512}
+        slots = max(32, power_of_two(max_loras + 1))
+        order = {"HAS_ENABLED": flagged, "PDL": pdl, "BINS": slots, "CHUNK": 64, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(64, 8192 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 16), 1, 1), order, dependent=pdl),
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, dependent=pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
             Plan(
                 route_kernels.scatter_pairs, (self.num_chunks + -(-most_tiles // columns), 1, 1), scatter, (4, 1), pdl

@@ -102,8 +102,10 @@ def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pyte
     launch._ROUTE_PLANS.clear()
 
 
-def test_runs_of_many_chunks() -> None:
+@pytest.mark.parametrize("ranked", [True, False], ids=["one_launch", "three_launches"])
+def test_runs_of_many_chunks(ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are numbered across programs, and the long ones are cut."""
+    monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, 3, (1500, 2), generator=generator)
     mapping = torch.randint(0, 4, (1500,), generator=generator).clamp(max=1) - 1
@@ -111,6 +113,7 @@ def test_runs_of_many_chunks() -> None:
     schedule = launch.route(ids, mapping, None, 2, 2)
     assert torch.equal(schedule, cpu.route(ids, mapping, None, 2, 2))
     assert schedule[routing.LORA_RUN_ROWS].max() == routing.RUN_ROWS
+    launch._ROUTE_PLANS.clear()
 
 
 def test_ids_beyond_int32_do_not_wrap() -> None:

@@ -1,7 +1,7 @@
 """Route: pairs ordered by (expert, slot) and the table of expert tiles, see ``routing`` for the layout.
 
 Up to a few thousand pairs `route_ranked` orders them in one launch: every program ranks its own pairs against all
-others, so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ranked by
+others, so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ordered by
 slot, a histogram by expert for each chunk of that order, and a stable scatter. `cut_runs` then finds the runs of LoRA.
 """
 
@@ -153,24 +153,28 @@ def order_tokens(
     max_loras,
     HAS_ENABLED: tl.constexpr,
     PDL: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """First launch of three: tokens by (slot, token), by rank against all others."""
+    """First launch of three: tokens by (slot, token); each program counts all of them by slot and places its chunk."""
     wait_for_producer(PDL)
     release_consumer(PDL)
-    mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    first, local = tl.program_id(0) * CHUNK, tl.arange(0, CHUNK)
+    before = tl.zeros([BINS], tl.int32)
+    counts = tl.zeros([BINS], tl.int32)
+    for start in range(0, num_tokens, BLOCK_Q):
+        tokens = start + tl.arange(0, BLOCK_Q)
+        s = effective_slots(mapping, enabled, tokens, tokens < num_tokens, max_loras, True, HAS_ENABLED)
+        counts += tl.histogram(s + 1, BINS, mask=tokens < num_tokens)
+        if start < first:
+            before += tl.histogram(s + 1, BINS, mask=tokens < first)
+    mine = first + local
     there = mine < num_tokens
     slots = effective_slots(mapping, enabled, mine, there, max_loras, True, HAS_ENABLED)
-    mine_key = _composite(slots + 1, mine, num_tokens, there, WIDE)
-    smaller = tl.zeros([BLOCK_P, BLOCK_Q], tl.int32)
-    for start in range(0, num_tokens, BLOCK_Q):
-        others = start + tl.arange(0, BLOCK_Q)
-        s = effective_slots(mapping, enabled, others, others < num_tokens, max_loras, True, HAS_ENABLED)
-        keys = _composite(s + 1, others, num_tokens, others < num_tokens, WIDE)
-        smaller += (keys[None, :] < mine_key[:, None]).to(tl.int32)
-    tl.store(token_order + tl.sum(smaller, 1), mine, mask=there)
+    same = (slots[None, :] == slots[:, None]) & (local[None, :] < local[:, None])
+    position = tl.gather(tl.cumsum(counts, 0) - counts + before, slots + 1, 0) + tl.sum(same.to(tl.int32), 1)
+    tl.store(token_order + position, mine, mask=there)
 
 
 @triton.jit
