@@ -53,6 +53,29 @@ def test_layer(case: Case, sorts: bool) -> None:
     check_layer(inputs, run(inputs))
 
 
+ONE_TOKEN = {
+    "only_down": Case(1, adapted=("down",)),
+    "only_gate_up": Case(1, adapted=("gate_up",)),
+    "shared_outer": Case(1, shared_outer=True, bias=True),
+    "disabled": Case(1, enabled=(False, False, False)),
+    "no_adapter": Case(1, mapping=(-1,)),
+    "gpt_oss": Case(1, activation="swigluoai", interleaved=True, transposed=True, bias=True, dtype=torch.float16),
+    "plain": Case(1, is_gated=False, activation="relu2", routed_scaling_factor=2.5),
+    "rank_3": Case(1, top_k=5, rank=3, mapping=(2,)),
+    "rank_100": Case(1, rank=100, mapping=(1,)),
+    "many_experts": Case(1, top_k=10, num_experts=12, mapping=(0,), dtype=torch.float16),
+    "wide": Case(1, intermediate_size=1300, hidden_size=70, mapping=(1,)),
+}
+
+
+@pytest.mark.parametrize("case", ONE_TOKEN.values(), ids=ONE_TOKEN.keys())
+def test_one_token(case: Case) -> None:
+    """The path of its own for one token: rank vectors made by the launch that needs them."""
+    layer._PLANS.clear()
+    inputs = make_inputs(case)
+    check_layer(inputs, run(inputs))
+
+
 @pytest.mark.parametrize("rows", [32, 64, 128])
 @pytest.mark.parametrize(
     "case",
