@@ -1,7 +1,8 @@
 """A fixed number of adapter slots in static tensors, filled by name; more adapters than slots take turns.
 
 The tensors of a pool never move, so a compiled graph or a captured CUDA graph that reads them stays valid while
-adapters come and go. A slot is enabled only when all of it is written.
+adapters come and go. A slot is enabled only when all of it is written; on a GPU that happens beside the batches, see
+``transfer``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from torch_lora_moe.adapters.layout import Adapter, DenseLoRA, DenseSpec, ExpertsLoRA, ExpertsSpec
 from torch_lora_moe.adapters.peft import read_adapter
+from torch_lora_moe.adapters.transfer import SlotTransfers
 from torch_lora_moe.api import MoELoRA
 
 
@@ -63,6 +65,7 @@ class AdapterPool:
         self.dtype, self.device = dtype, self.adapter_enabled.device
         self._weights = {name: self._empty_slots(spec) for name, spec in self.layers.items()}
         self._dense = {name: self._empty_pair(spec) for name, spec in self.dense.items()}
+        self._transfers = SlotTransfers(self.device, max_loras)
         self._sources: dict[str, str | Path | Adapter] = {}
         # the least recently used first
         self._slots: dict[str, int] = {}
@@ -130,7 +133,7 @@ class AdapterPool:
         return self._dense[layer]
 
     def slot(self, name: str) -> int:
-        """The slot of a loaded adapter.
+        """The slot of a loaded adapter, which the current stream may use from here on.
 
         Raises:
             KeyError: no adapter of that name is loaded.
@@ -138,6 +141,7 @@ class AdapterPool:
         with self._lock:
             if name not in self._slots:
                 raise KeyError(f"no adapter named {name!r} is loaded, there are {self.names}")
+            self._transfers.wait(self._slots[name])
             return self._slots[name]
 
     def add(self, name: str, source: str | Path | Adapter) -> None:
@@ -267,6 +271,8 @@ class AdapterPool:
         finally:
             with self._lock:
                 self._users.subtract(wanted)
+                for name in wanted:
+                    self._transfers.release(self._slots[name])
 
     def _acquire(self, wanted: list[str]) -> None:
         """Loads the wanted adapters and counts them as used."""
@@ -322,20 +328,26 @@ class AdapterPool:
             self._evict(name)
 
     def _evict(self, name: str) -> None:
-        self.adapter_enabled[self._slots.pop(name)] = False
+        slot = self._slots.pop(name)
+        with self._transfers.writing(slot):
+            self.adapter_enabled[slot] = False
 
     def _install(self, name: str, adapter: Adapter) -> int:
         """Writes an adapter into a free slot, and enables the slot last."""
         slot = next(slot for slot in range(self.max_loras) if slot not in self._slots.values())
-        for layer, slots in self._weights.items():
-            self._fill(slots, slot, adapter.layers.get(layer, ExpertsLoRA()), self.layers[layer])
-        for layer, pair in self._dense.items():
-            lora = adapter.dense.get(layer)
-            for target, source, dim in ((pair.a[slot, 0], lora and lora.a, 0), (pair.b[slot, 0], lora and lora.b, 1)):
-                target.zero_()
-                if source is not None:
-                    target.narrow(dim, 0, source.shape[dim]).copy_(source)
-        self.adapter_enabled[slot] = True
+        with self._transfers.writing(slot):
+            for layer, slots in self._weights.items():
+                self._fill(slots, slot, adapter.layers.get(layer, ExpertsLoRA()), self.layers[layer])
+            for layer, pair in self._dense.items():
+                lora = adapter.dense.get(layer)
+                for target, source, dim in (
+                    (pair.a[slot, 0], lora and lora.a, 0),
+                    (pair.b[slot, 0], lora and lora.b, 1),
+                ):
+                    target.zero_()
+                    if source is not None:
+                        self._transfers.copy(target.narrow(dim, 0, source.shape[dim]), source)
+            self.adapter_enabled[slot] = True
         self._slots[name] = slot
         return slot
 
@@ -351,9 +363,9 @@ class AdapterPool:
             if name in halves:
                 view = target.unflatten(1, (halves[name], self.max_lora_rank))
                 source = source.unflatten(1, (halves[name], -1))
-                view[:, :, : source.shape[2]] = source.to(self.dtype)
+                self._transfers.copy(view[:, :, : source.shape[2]], source)
             else:
-                target[..., : source.shape[-1]] = source.to(self.dtype)
+                self._transfers.copy(target[..., : source.shape[-1]], source)
 
 
 def _with_bar(
