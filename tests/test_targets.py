@@ -92,7 +92,7 @@ def arguments(num_tokens: int, rank: int) -> FusedArguments:
 def test_hopper(compiler: Compiler, num_tokens: int, rank: int) -> None:
     call = arguments(num_tokens, rank)
     layer._plan(call)(call)
-    products = {"gate_up_pairs", "down_token"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
+    products = {"gate_up_pairs", "down_tokens"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
     assert products <= set(compiler.shared)
     assert max(compiler.shared.values()) <= SHARED_MEMORY[90]
     if num_tokens == 4096:

@@ -1,7 +1,7 @@
 """The whole layer on a GPU, LoRA folded into its two products.
 
-One token: shrink, then two products of weights and vectors, the second of which makes its own rank vectors and sums
-over experts (``kernels.matvec``).
+One token, or so few that hardly two pairs share an expert: shrink, then two products of weights and vectors, the second
+of which makes its own rank vectors and sums over experts (``kernels.matvec``).
 More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
 ended, and waits for it where it first reads what that one writes.
@@ -189,7 +189,7 @@ class TilePlan:
 
 
 class TokenPlan:
-    """The launches of a layer for one token, no two of whose pairs share an expert."""
+    """The launches of a layer whose pairs hardly share experts, as those of one token: nothing is sorted."""
 
     def __init__(self, call: FusedArguments) -> None:
         x, w13, w2, (num_tokens, top_k) = call.hidden_states, call.w13, call.w2, call.topk_ids.shape
@@ -237,7 +237,7 @@ class TokenPlan:
         rank = 0 if call.down_b is None else call.down_b.shape[3]
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
         pdl, rows = has_dependent_launch(x.device), min(4, power_of_two(max(rank, 1)))
-        shrinkers = self.top_k * -(-rank // rows)
+        shrinkers = self.num_pairs * -(-rank // rows)
         constants = {
             **_strides(w),
             "IN": w.shape[2],
@@ -260,8 +260,8 @@ class TokenPlan:
             "PRELOAD": min(config.preload, self.top_k),
             "PDL": pdl,
         }
-        grid = (shrinkers + -(-w.shape[1] // config.block_n), 1, 1)
-        return Plan(matvec.down_token, grid, constants, (config.num_warps, 1), pdl, aligned=7)
+        grid = (shrinkers + self.num_pairs // self.top_k * -(-w.shape[1] // config.block_n), 1, 1)
+        return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=7)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
@@ -296,10 +296,10 @@ class EmptyPlan:
 
 
 def _plan(call: FusedArguments) -> TilePlan | TokenPlan | EmptyPlan:
-    num_tokens = call.topk_ids.shape[0]
+    num_tokens, top_k = call.topk_ids.shape
     if num_tokens == 0:
         return EmptyPlan(call)
-    return TilePlan(call) if routing.layer_sorts(num_tokens) else TokenPlan(call)
+    return TilePlan(call) if routing.layer_sorts(num_tokens, top_k, call.w13.shape[0]) else TokenPlan(call)
 
 
 _PLANS: dict[object, TilePlan | TokenPlan | EmptyPlan] = {}

@@ -79,14 +79,16 @@ def cuts_runs(num_pairs: int, num_virtual_experts: int) -> bool:
     return num_virtual_experts > 0 and many
 
 
-def layer_sorts(num_tokens: int) -> bool:
-    """Whether a whole layer on a GPU sorts its pairs: from two tokens on, which may share an expert."""
-    return num_tokens > 1
+def layer_sorts(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor so few that hardly two share an
+    expert.
+    """
+    return num_tokens > 1 and 8 * num_tokens * top_k > num_experts
 
 
-def layer_needs_schedule(num_tokens: int, device_type: str) -> bool:
+def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, device_type: str) -> bool:
     """Whether a whole layer is to be given a schedule; always in a traced graph, which serves any size."""
-    return device_type != "cuda" or torch.compiler.is_compiling() or layer_sorts(num_tokens)
+    return device_type != "cuda" or torch.compiler.is_compiling() or layer_sorts(num_tokens, top_k, num_experts)
 
 
 def cached_schedule(

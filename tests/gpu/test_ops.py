@@ -116,7 +116,7 @@ def test_each_token_is_isolated_from_other_slots(tokens: int, rank: int) -> None
     assert rest.any()
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 600, 3000])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 600, 3000])
 def test_many_slots_and_experts(tokens: int) -> None:
     check_by_adapter(make_layer(tokens, top_k=10, experts=300, slots=64, rank=16, hidden=64, inner=32))
 

@@ -53,7 +53,7 @@ def test_layer(case: Case, sorts: bool) -> None:
     check_layer(inputs, run(inputs))
 
 
-ONE_TOKEN = {
+FEW_TOKENS = {
     "only_down": Case(1, adapted=("down",)),
     "only_gate_up": Case(1, adapted=("gate_up",)),
     "shared_outer": Case(1, shared_outer=True, bias=True),
@@ -65,14 +65,36 @@ ONE_TOKEN = {
     "rank_100": Case(1, rank=100, mapping=(1,)),
     "many_experts": Case(1, top_k=10, num_experts=12, mapping=(0,), dtype=torch.float16),
     "wide": Case(1, intermediate_size=1300, hidden_size=70, mapping=(1,)),
+    "two_tokens": Case(2, num_experts=40, mapping=(1, 0)),
+    "three_tokens": Case(3, top_k=3, num_experts=90, rank=12, bias=True, mapping=(2, -1, 1), dtype=torch.float16),
 }
 
 
-@pytest.mark.parametrize("case", ONE_TOKEN.values(), ids=ONE_TOKEN.keys())
-def test_one_token(case: Case) -> None:
-    """The path of its own for one token: rank vectors made by the launch that needs them."""
+@pytest.mark.parametrize("case", FEW_TOKENS.values(), ids=FEW_TOKENS.keys())
+def test_few_tokens(case: Case) -> None:
+    """The path of their own that they have: nothing sorted, rank vectors made by the launch that needs them."""
     layer._PLANS.clear()
     inputs = make_inputs(case)
+    check_layer(inputs, run(inputs))
+    assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
+
+
+def test_router_weight_of_an_unknown_expert_counts_for_nothing() -> None:
+    layer._PLANS.clear()
+    inputs = make_inputs(Case(1, top_k=4, mapping=(1,), odd_ids=False))
+    inputs.topk_ids[0, 2] = 99
+    inputs.topk_weights[0, 2] = NAN
+    out = run(inputs)
+    assert not out.isnan().any()
+    inputs.topk_weights[0, 2] = 0.5
+    assert torch.equal(out, run(inputs))
+
+
+def test_tokens_that_share_an_expert_need_no_order() -> None:
+    """The path of few tokens, for a batch whose tokens all take the same experts."""
+    layer._PLANS.clear()
+    inputs = make_inputs(Case(3, num_experts=60, mapping=(1, 1, 0), odd_ids=False))
+    inputs.topk_ids[:] = inputs.topk_ids[:1].clone()
     check_layer(inputs, run(inputs))
 
 

@@ -1,4 +1,4 @@
-"""The layer for one token, where no two pairs share an expert: each program streams rows of weights past a vector.
+"""The layer for so few tokens that hardly two pairs share an expert: each program streams weights past a vector.
 
 No sort and no tensor cores: the bytes of the weights are the time, so loads depend on each other as little as they can
 and nothing branches around them. The second product sums over the experts of its token; the rank vectors of its LoRA
@@ -203,7 +203,7 @@ def _load_weight(rows, start, here, IN: tl.constexpr, STRIDE_I: tl.constexpr, BL
     do_not_specialize=["num_experts", "max_loras"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "topk_weights"],
 )
-def down_token(
+def down_tokens(
     h,
     w,
     bias,
@@ -241,8 +241,8 @@ def down_token(
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``SHRINKERS`` programs for the rank vectors, then one for each block of columns:
-    ``out = factor * sum_k weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
+    """``SHRINKERS`` programs for the rank vectors, then one for each block of columns of each token:
+    ``out[t] = factor * sum_k weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
 
     The first ``UNROLL`` steps of ``PRELOAD`` pairs' weights are fetched before the kernel waits for ``h``.
     """
@@ -270,27 +270,30 @@ def down_token(
             PDL,
         )
     else:
-        n = (program - SHRINKERS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+        token = (program - SHRINKERS) // blocks
+        n = (program - SHRINKERS) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < OUT
         experts = ()
+        weights = ()
         first = ()
         for k in tl.static_range(TOP_K):
-            experts += (known_experts(topk_ids, k, True, num_experts),)
+            experts += (known_experts(topk_ids, token * TOP_K + k, True, num_experts),)
+            weights += (tl.load(topk_weights + token * TOP_K + k).to(tl.float32),)
         for k in tl.static_range(PRELOAD):
             known = experts[k] < num_experts
             rows = w + tl.where(known, experts[k], 0).to(tl.int64) * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
             for inner in tl.static_range(UNROLL):
                 first += (_load_weight(rows, inner * BLOCK_K, inside & known, IN, STRIDE_I, BLOCK_K),)
         if RANK > 0:
-            pairs, ranks = tl.arange(0, K_POW2), tl.arange(0, RANK_POW2)
-            virtual = virtual_ids(
-                topk_ids, mapping, enabled, pairs, pairs < TOP_K, TOP_K, num_experts, max_loras, HAS_ENABLED
-            )
+            mine, ranks = tl.arange(0, K_POW2) < TOP_K, tl.arange(0, RANK_POW2)
+            pairs = token * TOP_K + tl.arange(0, K_POW2)
+            virtual = virtual_ids(topk_ids, mapping, enabled, pairs, mine, TOP_K, num_experts, max_loras, HAS_ENABLED)
             which = tl.where(virtual >= 0, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
-            there = ((virtual >= 0) & (pairs < TOP_K))[:, None] & (ranks < RANK)[None, :]
+            there = ((virtual >= 0) & mine)[:, None] & (ranks < RANK)[None, :]
             rows_b = b + which[:, None, None] * (OUT * RANK) + n.to(tl.int64)[None, :, None] * RANK
             matrices = tl.load(rows_b + ranks[None, None, :], mask=there[:, None, :] & inside[None, :, None], other=0.0)
-            scales = tl.load(topk_weights + pairs, mask=pairs < TOP_K, other=0.0).to(tl.float32)
+            scales = tl.load(topk_weights + pairs, mask=mine & (virtual >= 0), other=0.0).to(tl.float32)
         wait_for_producer(PDL)
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         rest = tl.zeros([BLOCK_N], tl.float32)
@@ -298,18 +301,20 @@ def down_token(
             known = experts[k] < num_experts
             here = inside & known
             row = tl.where(known, experts[k], 0).to(tl.int64)
-            scale = tl.load(topk_weights + k, mask=known, other=0.0).to(tl.float32)
+            # the weight of an unknown expert may be anything
+            scale = tl.where(known, weights[k], 0.0)
+            h_row = h + (token * TOP_K + k).to(tl.int64) * IN
             rows = w + row * STRIDE_E + n.to(tl.int64)[:, None] * STRIDE_N
             if k < PRELOAD:
                 for inner in tl.static_range(UNROLL):
                     i = inner * BLOCK_K + tl.arange(0, BLOCK_K)
-                    value = load_row(h + k * IN, i, known & (i < IN), BLOCK_N) * scale
+                    value = load_row(h_row, i, known & (i < IN), BLOCK_N) * scale
                     acc += first[k * UNROLL + inner].to(tl.float32) * value
             for outer in range(BLOCK_K * UNROLL if k < PRELOAD else 0, IN, BLOCK_K * UNROLL):
                 for inner in tl.static_range(UNROLL):
                     i = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
                     weight = _load_weight(rows, outer + inner * BLOCK_K, here, IN, STRIDE_I, BLOCK_K)
-                    acc += weight.to(tl.float32) * (load_row(h + k * IN, i, known & (i < IN), BLOCK_N) * scale)
+                    acc += weight.to(tl.float32) * (load_row(h_row, i, known & (i < IN), BLOCK_N) * scale)
             if HAS_BIAS:
                 rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
         if RANK > 0:
@@ -317,4 +322,5 @@ def down_token(
             s = tl.load(shrunk + pairs[:, None] * RANK + ranks[None, :], mask=there, other=0.0).to(tl.float32)
             delta = tl.sum(matrices.to(tl.float32) * (s * scales[:, None])[:, None, :], 2)
             rest += tl.sum(delta, 0)
-        tl.store(out + n, ((tl.sum(acc, 1) + rest) * factor).to(out.dtype.element_ty), mask=inside)
+        target = out + token.to(tl.int64) * OUT + n
+        tl.store(target, ((tl.sum(acc, 1) + rest) * factor).to(out.dtype.element_ty), mask=inside)
