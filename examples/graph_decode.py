@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -210,7 +211,8 @@ def main() -> None:
     names = [f"tenant-{i:02d}" for i in range(options.adapters)]
     for i, name in enumerate(tqdm(names, desc="adapters", unit="adapter")):
         pool.add(name, random_adapter(layers, i))
-    model = Decoder(sizes, options.batch, pool).to(device, dtype).eval()
+    with torch.device(device):
+        model = Decoder(sizes, options.batch, pool).to(dtype).eval()
     model.step()
     step = captured(model.step) if device == "cuda" else model.step
 
@@ -221,6 +223,7 @@ def main() -> None:
     server.serve(requests)
     report(server, requests)
     check(model, step, requests[:6])
+    report_steps(model, step, [name for name in names if name in pool.names], random_adapter(layers, 1000))
 
 
 def report(server: Server, requests: list[Request]) -> None:
@@ -231,6 +234,59 @@ def report(server: Server, requests: list[Request]) -> None:
         f"{len(requests):8d}  {tokens:6d}  {len(server.seconds):5d}  {server.loads:15d}  {median * 1e3:15.2f}  "
         f"{max(server.seconds) * 1e3:11.2f}"
     )
+
+
+def report_steps(model: Decoder, step: Callable[[], None], names: list[str], another: Adapter) -> None:
+    """Prints how long a step takes with adapters, without, and while one more adapter is loaded again and again."""
+    pool, rows = model.pool, model.mapping.shape[0]
+    free = names.pop()
+    pool.unload(free)
+
+    def steps(count: int) -> list[float]:
+        seconds = []
+        for _ in range(count):
+            model.position.zero_()
+            synchronize()
+            start = time.perf_counter()
+            step()
+            synchronize()
+            seconds.append((time.perf_counter() - start) * 1e3)
+        return seconds
+
+    model.mapping.fill_(-1)
+    without = steps(50)
+    model.mapping.copy_(pool.token_lora_mapping([names[row % len(names)] for row in range(rows)]))
+    adapted = steps(50)
+    done = threading.Event()
+    loads: list[float] = []
+
+    def load() -> None:
+        while not done.is_set():
+            start = time.perf_counter()
+            pool.load(free, another)
+            synchronize()
+            loads.append((time.perf_counter() - start) * 1e3)
+            pool.unload(free)
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    beside = steps(50)
+    done.set()
+    loader.join()
+    print(f"\na step of {rows} rows, ms             median  longest")
+    for name, seconds in (
+        ("without adapters", without),
+        (f"{len(names)} adapters", adapted),
+        ("while loading", beside),
+    ):
+        print(f"{name:32s}{statistics.median(seconds):7.2f}  {max(seconds):7.2f}")
+    print(f"{len(loads)} loads meanwhile, {statistics.median(loads):.1f} ms each")
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def check(model: Decoder, step: Callable[[], None], requests: list[Request]) -> None:
