@@ -201,6 +201,8 @@ def main() -> None:
     for name, default in (("batch", 8), ("slots", 4), ("adapters", 10), ("requests", 40), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
+    if options.slots < 2:
+        parser.error("--slots: expected at least 2, one of which is loaded while the others decode")
     torch.manual_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, sizes = (torch.bfloat16, QWEN3_30B) if options.qwen3 else (torch.float32, Sizes())

@@ -229,6 +229,11 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, i
     return replace(config, preload=max(1, (96 if rank else 192) // (config.unroll * max(1, registers))))
 
 
+def joined_shrink_blocks(rank: int, inner: int) -> tuple[int, int]:
+    """Rows of A and columns that a program takes at once which makes rank vectors for the others of its launch."""
+    return min(4, power_of_two(max(rank, 1))), min(256 if inner <= 1024 else 1024, max(16, power_of_two(inner)))
+
+
 def _columns(size: int, most: int) -> int:
     """The widest block up to ``most`` columns that leaves little of the last one unused, from 16 on."""
     block = most

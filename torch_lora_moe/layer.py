@@ -24,6 +24,7 @@ from torch_lora_moe.config import (
     fitted,
     gate_up_config,
     has_dependent_launch,
+    joined_shrink_blocks,
     layer_shrink_config,
     power_of_two,
     shared_memory,
@@ -236,7 +237,7 @@ class TokenPlan:
         x, w = call.hidden_states, call.w2
         rank = 0 if call.down_b is None else call.down_b.shape[3]
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
-        pdl, rows = has_dependent_launch(x.device), min(4, power_of_two(max(rank, 1)))
+        pdl, (rows, columns) = has_dependent_launch(x.device), joined_shrink_blocks(rank, w.shape[2])
         shrinkers = self.num_pairs * -(-rank // rows)
         constants = {
             **_strides(w),
@@ -252,7 +253,7 @@ class TokenPlan:
             "SHARED_A": call.down_a is not None and call.down_a.shape[1] < self.num_experts,
             "SHRINKERS": shrinkers,
             "BLOCK_R": rows,
-            "BLOCK_I": min(256 if w.shape[2] <= 1024 else 1024, max(16, power_of_two(w.shape[2]))),
+            "BLOCK_I": columns,
             "COUNTER": self.counter,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,

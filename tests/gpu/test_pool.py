@@ -73,11 +73,20 @@ def test_loading_while_a_graph_decodes(batch: tuple[Tensor, ...]) -> None:
         mapping.copy_(pool.token_lora_mapping(["0"] * TOKENS))
 
 
+def test_notes_of_uses_do_not_pile_up(batch: tuple[Tensor, ...]) -> None:
+    """A slot that is never given away keeps one event a stream, however many batches use it."""
+    pool = AdapterPool({LAYER: SPEC}, max_loras=1, **SIZES)
+    pool.load("0", adapter(0))
+    for _ in range(50):
+        with pool.using(["0"] * 3):
+            pass
+    assert len(pool._transfers._released[0]) == 1
+
+
 def test_unloaded_adapter_is_gone_for_later_batches(batch: tuple[Tensor, ...]) -> None:
     pool = AdapterPool({LAYER: SPEC}, max_loras=1, **SIZES)
     pool.load("0", adapter(0))
     mapping = pool.token_lora_mapping(["0"] * TOKENS)
     pool.unload("0")
-    torch.cuda.synchronize()
     out = fused_experts(*batch, pool.lora(LAYER), mapping)
     assert torch.equal(out, fused_experts(*batch))

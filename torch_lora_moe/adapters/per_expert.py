@@ -98,22 +98,40 @@ def linear_pair(
     Raises:
         AdapterFormatError: half a pair, or shapes that do not fit the model or the configuration.
     """
-    for side in "AB":
-        if side not in halves:
-            raise AdapterFormatError(f"{next(iter(halves.values())).key}: its other half, lora_{side}, is missing")
-    a, b = halves["A"], halves["B"]
+    a, b = both_halves(halves)
     fits = a.tensor.dim() == b.tensor.dim() == 2 and a.tensor.shape[0] == b.tensor.shape[1]
     if not fits or (a.tensor.shape[1], b.tensor.shape[0]) != features:
         raise AdapterFormatError(
             f"{a.key}: shapes {list(a.tensor.shape)} and {list(b.tensor.shape)} ({b.key}) fit no projection with "
             f"{features[0]} input and {features[1]} output features"
         )
+    return a.tensor, b.tensor * scaling_of(a.key, a.tensor.shape[0], config)
+
+
+def both_halves(halves: Mapping[str, Half]) -> tuple[Half, Half]:
+    """A and B.
+
+    Raises:
+        AdapterFormatError: one of them is missing.
+    """
+    for side in "AB":
+        if side not in halves:
+            raise AdapterFormatError(f"{next(iter(halves.values())).key}: its other half, lora_{side}, is missing")
+    return halves["A"], halves["B"]
+
+
+def scaling_of(key: str, stored_rank: int, config: Mapping[str, Any]) -> float:
+    """What B is multiplied with, for the pair whose A is stored under ``key``.
+
+    Raises:
+        AdapterFormatError: the configuration says another rank.
+    """
     # patterns are written for the name that the trained model had
-    trained = a.key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    rank, scaling = rank_and_scaling(config, trained, a.tensor.shape[0])
-    if rank != a.tensor.shape[0]:
-        raise AdapterFormatError(f"{a.key}: rank {a.tensor.shape[0]}, but adapter_config.json says {rank}")
-    return a.tensor, b.tensor * scaling
+    trained = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+    rank, scaling = rank_and_scaling(config, trained, stored_rank)
+    if rank != stored_rank:
+        raise AdapterFormatError(f"{key}: rank {stored_rank}, but adapter_config.json says {rank}")
+    return scaling
 
 
 def _stack(parts: list[dict[int, tuple[Tensor, Tensor]]], spec: ExpertsSpec) -> tuple[Tensor | None, Tensor | None]:

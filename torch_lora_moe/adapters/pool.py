@@ -271,8 +271,7 @@ class AdapterPool:
         finally:
             with self._lock:
                 self._users.subtract(wanted)
-                for name in wanted:
-                    self._transfers.release(self._slots[name])
+                self._transfers.release([self._slots[name] for name in wanted])
 
     def _acquire(self, wanted: list[str]) -> None:
         """Loads the wanted adapters and counts them as used."""
@@ -329,8 +328,9 @@ class AdapterPool:
 
     def _evict(self, name: str) -> None:
         slot = self._slots.pop(name)
-        with self._transfers.writing(slot):
-            self.adapter_enabled[slot] = False
+        # on the current stream, between its batches, and never before the slot's own writing enables it
+        self._transfers.wait(slot)
+        self.adapter_enabled[slot] = False
 
     def _install(self, name: str, adapter: Adapter) -> int:
         """Writes an adapter into a free slot, and enables the slot last."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_lora_moe.adapters.layout import AdapterFormatError, ExpertsLoRA, ExpertsSpec
-from torch_lora_moe.adapters.per_expert import PROJECTIONS, Half, layer_of
-from torch_lora_moe.adapters.scaling import rank_and_scaling
+from torch_lora_moe.adapters.per_expert import PROJECTIONS, Half, both_halves, layer_of, scaling_of
 
 NAMES = {**PROJECTIONS, "gate_up_proj": "gate_up"}
 KEY = re.compile(rf"(?P<experts>.+\.experts)\.(?P<projection>{'|'.join(NAMES)})\.lora_(?P<side>[AB])\.weight")
@@ -74,10 +73,7 @@ def _pair(
     halves: Mapping[str, Half], features: tuple[int, int], spec: ExpertsSpec, config: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """``A [E or 1, r, in]`` and ``B [E or 1, out, r]`` of one projection, the scaling in B."""
-    for side in "AB":
-        if side not in halves:
-            raise AdapterFormatError(f"{next(iter(halves.values())).key}: its other half, lora_{side}, is missing")
-    a, b = halves["A"], halves["B"]
+    a, b = both_halves(halves)
     experts = {1, spec.num_experts}
     fits = a.tensor.dim() == b.tensor.dim() == 3 and {a.tensor.shape[0], b.tensor.shape[0]} <= experts
     fits = fits and (a.tensor.shape[2], b.tensor.shape[1]) == features and a.tensor.shape[1] == b.tensor.shape[2]
@@ -86,11 +82,7 @@ def _pair(
             f"{a.key}: shapes {list(a.tensor.shape)} and {list(b.tensor.shape)} ({b.key}) fit no projection with "
             f"{features[0]} input and {features[1]} output features of {spec.num_experts} experts, or of 1 for all"
         )
-    trained = a.key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    rank, scaling = rank_and_scaling(config, trained, a.tensor.shape[1])
-    if rank != a.tensor.shape[1]:
-        raise AdapterFormatError(f"{a.key}: rank {a.tensor.shape[1]}, but adapter_config.json says {rank}")
-    return a.tensor, b.tensor * scaling
+    return a.tensor, b.tensor * scaling_of(a.key, a.tensor.shape[1], config)
 
 
 def _side_by_side(parts: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor | None, Tensor | None]:
