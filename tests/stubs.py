@@ -33,5 +33,5 @@ def run(
     command = [sys.executable, "-c", script, *map(str, arguments)]
     variables = {**_environment(), "PYTHONPATH": str(folder), **(environment or {})}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"exit status {done.returncode}: {done.stdout[-1000:]} {done.stderr[-4000:]}"
     return done

@@ -83,8 +83,8 @@ def test_far_shapes_and_other_kernels_take_the_heuristics() -> None:
 
 
 PRODUCTS = [
-    Product(rows, tiles, columns, inner, itemsize, rank, has_runs)
-    for rows in (16, 32, 64, 128)
+    Product(int(pairs * tiles), rows, tiles, columns, inner, itemsize, rank, has_runs)
+    for rows, pairs in ((16, 1.2), (16, 5), (32, 18), (64, 40), (128, 100))
     for tiles in (2.0, 300.0)
     for columns, inner in ((768, 2048), (48, 100), (352, 2880), (14336, 4096))
     for itemsize in (2, 4)

@@ -53,7 +53,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     compiler = Compiler(capability)
     monkeypatch.setattr(plans.Plan, "__call__", lambda plan, tensors, *sizes: compiler(plan, tensors, sizes))
     for module in (launch, layer):
-        monkeypatch.setattr(module, "has_dependent_launch", lambda device: capability >= 90)
+        monkeypatch.setattr(module, "overlaps", lambda device: capability >= 90)
     monkeypatch.setattr(layer, "shared_memory", lambda device: SHARED_MEMORY[capability])
     layer._PLANS.clear()
     yield compiler

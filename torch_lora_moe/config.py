@@ -159,11 +159,12 @@ def layer_shrink_config(
 class Product:
     """What the tile of an expert product is chosen by.
 
-    ``rows`` pairs to a tile and ``tiles`` of them (expected), ``columns`` of the output (of the activation for
-    gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), and whether the schedule
-    has runs.
+    ``pairs`` in all, ``rows`` of them to a tile and ``tiles`` (expected), ``columns`` of the output (of the activation
+    for gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), and whether the
+    schedule has runs.
     """
 
+    pairs: int
     rows: int
     tiles: float
     columns: int
@@ -309,4 +310,8 @@ def _lora_steps(product: Product) -> tuple[int, int, bool]:
         return 64, 1, False
     if product.rank > 32 and product.has_runs:
         return 64, 2, False
-    return (128, 1, True) if product.rows == 16 else (64, 1, False)
+    if product.rows > 16:
+        return 64, 1, False
+    # where few pairs share an expert, a tile has few slots
+    few = product.rank <= 32 and product.pairs < 1.5 * product.tiles
+    return (32 if few else 128), 1, True

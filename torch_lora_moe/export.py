@@ -3,17 +3,22 @@
     export_package(block, (hidden_states, token_lora_mapping), "block.pt2", dynamic_shapes=...)
 
 On the CPU the package calls the ops by name, and the C++ library of ``csrc_stubs/`` answers: a program links it, or
-loads it, before it runs the package. Python's ``torch_lora_moe`` is not needed there.
+loads it, before it runs the package. Python's ``torch_lora_moe`` is not needed there. A package for a GPU holds the
+Triton kernels themselves, chosen for one batch size and the GPU it was made on, and needs nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from torch_lora_moe import ops
 
 
 def export_package(
@@ -27,18 +32,20 @@ def export_package(
     """Exports a module and compiles it ahead of time with AOTInductor.
 
     Args:
-        module: a module in eval mode whose forward reaches the ops, on the CPU with all its buffers and parameters.
-        args: example inputs, tensors on the CPU.
+        module: a module in eval mode whose forward reaches the ops, all of it on the CPU or on one GPU.
+        args: example inputs, tensors on the same device.
         path: the package to write, ending in ``.pt2``.
         kwargs: example keyword inputs.
-        dynamic_shapes: as for ``torch.export.export``: which sizes may differ from the examples'.
+        dynamic_shapes: as for ``torch.export.export``: which sizes may differ from the examples'. None on a GPU, where
+            the kernels of a package are those for the examples' sizes.
 
     Returns:
         the path of the package.
 
     Raises:
-        ValueError: the path has another ending, the module is in training mode or calls no op of this package.
-        NotImplementedError: a parameter, buffer or input is not on the CPU.
+        ValueError: the path has another ending, the module is in training mode, calls no op of this package, lies on
+            several devices, or is to have dynamic shapes on a GPU.
+        NotImplementedError: a parameter, buffer or input is neither on a CPU nor on a CUDA GPU.
         torch._dynamo.exc.UserError: ``torch.export`` cannot export the module.
     """
     path = Path(path)
@@ -46,14 +53,50 @@ def export_package(
         raise ValueError(f"path: got {path.name}, expected a name that ends in .pt2")
     if module.training:
         raise ValueError("module: is in training mode, call eval() first (there is no backward)")
-    inputs = [(f"input {i}", value) for i, value in enumerate(pytree.tree_leaves((args, kwargs)))]
-    for name, tensor in [*module.named_parameters(), *module.named_buffers(), *inputs]:
-        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
-            raise NotImplementedError(f"{name}: is on {tensor.device}, packages can be exported for the CPU only")
-    with torch.no_grad():
+    on_gpu = _device(module, (args, kwargs)).type == "cuda"
+    if on_gpu and dynamic_shapes is not None:
+        raise ValueError(
+            f"dynamic_shapes: got {dynamic_shapes}, expected None on a GPU: export one package for each batch size"
+        )
+    with torch.no_grad(), _kernels_for_ops() if on_gpu else contextlib.nullcontext():
         program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
-        calls = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-        if not any(call.startswith("lora_moe.") for call in calls):
+        calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        if not any(call.startswith("lora_moe.") or "triton_kernel_wrapper" in call for call in calls):
             raise ValueError("module: its forward calls no lora_moe op, so there is nothing of this package to export")
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     return path
+
+
+def _device(module: nn.Module, inputs: Any) -> torch.device:
+    """The one device that everything is on; a CPU if there is nothing."""
+    leaves = [(f"input {i}", value) for i, value in enumerate(pytree.tree_leaves(inputs))]
+    tensors = [*module.named_parameters(), *module.named_buffers(), *leaves]
+    found: dict[torch.device, str] = {}
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(
+                f"{name}: is on {tensor.device}, packages can be exported for a CPU or a CUDA GPU only"
+            )
+        found.setdefault(tensor.device, name)
+    if len(found) > 1:
+        (first, name), (second, other) = list(found.items())[:2]
+        raise ValueError(f"{other}: is on {second}, expected {first} as {name}")
+    return next(iter(found), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _kernels_for_ops() -> Iterator[None]:
+    """Inside, calls of the ops trace through to their Triton kernels instead of stopping at the op."""
+    from torch_lora_moe import launch, layer, plans
+
+    handles = {name: getattr(ops, name) for name in ops.SCHEMAS}
+    with plans.traced_launches():
+        try:
+            for name in handles:
+                setattr(ops, name, getattr(layer if name == "fused_experts" else launch, name))
+            yield
+        finally:
+            for name, handle in handles.items():
+                setattr(ops, name, handle)

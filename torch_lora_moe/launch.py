@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
-from torch_lora_moe.config import LaunchConfig, has_dependent_launch, launch_config, power_of_two, shrink_planes
+from torch_lora_moe.config import LaunchConfig, launch_config, power_of_two, shrink_planes
 from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
-from torch_lora_moe.plans import Plan, on_device, remember
+from torch_lora_moe.plans import Plan, new_plans, on_device, overlaps, remember
 
 # Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
 MOST_RUN_PROGRAMS = 2048
@@ -25,7 +25,7 @@ MOST_RUN_PROGRAMS = 2048
 RANKED_PAIRS = 4096
 
 
-_ROUTE_PLANS: dict[Any, Any] = {}
+_ROUTE_PLANS = new_plans()
 
 
 @on_device
@@ -42,7 +42,7 @@ def route(
     if plan is None:
         checks.check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, max_loras)
         mapped = token_lora_mapping is not None and max_loras > 0
-        flagged, pdl = mapped and adapter_enabled is not None, has_dependent_launch(topk_ids.device)
+        flagged, pdl = mapped and adapter_enabled is not None, overlaps(topk_ids.device)
         plan = RoutePlan(topk_ids.shape, num_experts, max_loras, mapped, flagged, pdl)
         remember(_ROUTE_PLANS, key, plan)
     return plan(topk_ids, token_lora_mapping, adapter_enabled)
@@ -88,7 +88,7 @@ class RoutePlan:
         rows = max(1, min(64, 8192 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
         self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, dependent=pdl),
+            Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
             Plan(
                 route_kernels.scatter_pairs, (self.num_chunks + -(-most_tiles // columns), 1, 1), scatter, (4, 1), pdl
@@ -122,7 +122,7 @@ class RoutePlan:
         scatter(tensors, *self.sizes, self.num_chunks)
 
 
-_SHRINK_PLANS: dict[Any, Any] = {}
+_SHRINK_PLANS = new_plans()
 
 
 @on_device
@@ -158,10 +158,7 @@ def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
 
 
 class ShrinkPlan:
-    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed.
-
-    ``eager``: the kernel after it may start at once, see ``kernels.shrink``.
-    """
+    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed."""
 
     def __init__(
         self,
@@ -175,7 +172,6 @@ class ShrinkPlan:
         split_k: int | None = None,
         config: LaunchConfig | None = None,
         clear: bool = True,
-        eager: bool = False,
         sorts: bool | None = None,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
@@ -187,7 +183,7 @@ class ShrinkPlan:
         if not self.sorts and config.block_m > 1:
             kernel = "shrink_streams"
         blocks = -(-in_features // config.block_k)
-        pdl = has_dependent_launch(hidden_states.device)
+        pdl = overlaps(hidden_states.device)
         chunk = -(-blocks // self.split_k) * config.block_k
         constants: dict[str, Any] = {
             "STRIDE_X": hidden_states.stride(0),
@@ -200,7 +196,7 @@ class ShrinkPlan:
         }
         if self.sorts:
             constants |= {"CLEAR": clear, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "EAGER": eager, "PDL": pdl}
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
         first = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         grid = (first, -(-rows // config.block_n), self.split_k)
         self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)
@@ -225,7 +221,7 @@ class ShrinkPlan:
             self.launch((x, a, out, ids, mapping, enabled), *self.sizes)
 
 
-_EXPAND_PLANS: dict[Any, Any] = {}
+_EXPAND_PLANS = new_plans()
 
 
 @on_device
@@ -276,7 +272,7 @@ class ExpandPlan:
         kernel = "expand_runs" if self.sorts else "expand_pairs"
         columns = out_features // num_slices
         config = config or launch_config(kernel, num_pairs, columns, rank, output.device)
-        pdl = has_dependent_launch(output.device)
+        pdl = overlaps(output.device)
         strides = dict(zip(("STRIDE_M", "STRIDE_K", "STRIDE_N"), output.stride(), strict=True))
         shape: dict[str, Any] = {"SLICE": columns, "NUM_SLICES": num_slices, "RANK": rank}
         variant: dict[str, Any] = {"SHARED": experts == 1 and num_experts > 1}
@@ -363,7 +359,7 @@ class AddPlan:
         self.expand(output, shrunk, b, ids, mapping, enabled, schedule, weights)
 
 
-_ADD_PLANS: dict[Any, AddPlan] = {}
+_ADD_PLANS = new_plans()
 
 
 @on_device

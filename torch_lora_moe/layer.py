@@ -23,7 +23,6 @@ from torch_lora_moe.config import (
     expected_tiles,
     fitted,
     gate_up_config,
-    has_dependent_launch,
     joined_shrink_blocks,
     layer_shrink_config,
     power_of_two,
@@ -32,7 +31,7 @@ from torch_lora_moe.config import (
 )
 from torch_lora_moe.kernels import down, gate_up, matvec
 from torch_lora_moe.launch import ShrinkPlan, route
-from torch_lora_moe.plans import Plan, on_device, remember
+from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overlaps, remember
 
 
 def _strides(w: Tensor) -> dict[str, Any]:
@@ -49,12 +48,12 @@ def _is_matrix(w: Tensor, block_k: int) -> bool:
 class _Shrink:
     """The rank vectors of one projection inside the layer."""
 
-    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool, eager: bool) -> None:
+    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool) -> None:
         num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
         sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], x.shape[1], sorts)
         config, planes = layer_shrink_config(*sizes)
         tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, None)
-        how = {"config": config, "clear": False, "eager": eager, "sorts": sorts}
+        how = {"config": config, "clear": False, "sorts": sorts}
         self.plan = ShrinkPlan(x, a, *tokens, num_experts, planes, **how)  # type: ignore[arg-type]
         # a sum of one plane is rounded where it is made, as the product would
         self.dtype = x.dtype if planes == 1 else torch.float32
@@ -74,7 +73,7 @@ class TilePlan:
     def __init__(self, call: FusedArguments) -> None:
         x, (num_tokens, self.top_k) = call.hidden_states, call.topk_ids.shape
         self.num_pairs, self.num_experts = num_tokens * self.top_k, call.w13.shape[0]
-        self.max_loras, pdl = call.max_loras, has_dependent_launch(x.device)
+        self.max_loras, pdl = call.max_loras, overlaps(x.device)
         self.rows = routing.expert_tile_rows(self.num_pairs, self.num_experts)
         self.tiles = min(self.num_pairs, self.num_pairs // self.rows + self.num_experts)
         self.hidden, self.inner = x.shape[1], call.w2.shape[2]
@@ -82,9 +81,9 @@ class TilePlan:
         self.has_runs = routing.cuts_runs(self.num_pairs, self.num_experts * self.max_loras)
         self.gate_up_shrink = self.down_shrink = None
         if call.gate_up_a is not None:
-            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs, False)
+            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs)
         if call.down_a is not None:
-            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, True)
+            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs)
         self.gate_up = self._gate_up(call, pdl)
         self.down = self._down(call, pdl)
         block = min(1024, max(16, power_of_two(self.hidden)))
@@ -92,9 +91,7 @@ class TilePlan:
         grid = (num_tokens, -(-self.hidden // block), 1)
         self.sum = Plan(down.sum_pairs, grid, constants, (4, 1), pdl, aligned=3)
 
-    def _tiles(
-        self, config: TileConfig, rank: int, planes: int, shared: bool, early: bool, tma: bool
-    ) -> dict[str, Any]:
+    def _tiles(self, config: TileConfig, rank: int, planes: int, shared: bool, tma: bool) -> dict[str, Any]:
         # fewer than 8 columns of a slot are no vector that a tensor core takes
         ranks = max(8, min(64, config.lora_columns, power_of_two(rank))) if rank else 16
         return {
@@ -111,12 +108,11 @@ class TilePlan:
             "PRELOAD": config.lora_preload and 0 < rank <= ranks,
             "LORA_STAGES": config.lora_stages,
             "TMA": tma,
-            "EARLY": early,
         }
 
     def _product(self, w: Tensor, columns: int, rank: int) -> Product:
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
-        return Product(self.rows, tiles, columns, w.shape[2], w.element_size(), rank, self.has_runs)
+        return Product(self.num_pairs, self.rows, tiles, columns, w.shape[2], w.element_size(), rank, self.has_runs)
 
     def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
         w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink
@@ -134,9 +130,8 @@ class TilePlan:
             "INTERLEAVED": call.interleaved,
             "ACTIVATION": call.activation,
             "HAS_BIAS": call.w13_bias is not None,
-            **self._tiles(
-                config, rank, planes, b is not None and b.shape[1] < self.num_experts, shrink is not None, tma
-            ),
+            **self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma),
+            "EARLY": shrink is not None,
             "PDL": pdl,
         }
         grid = (-(-self.inner // config.block_n), self.tiles, 1)
@@ -150,7 +145,7 @@ class TilePlan:
         config = down_config(self._product(w, self.hidden, rank))
         config = fitted(config, config.block_n, w.element_size(), shared_memory(w.device))
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
-        shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, True, tma)
+        shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma)
         constants = {
             **_strides(w),
             "IN": self.inner,
@@ -198,7 +193,7 @@ class TokenPlan:
         self.max_loras, self.inner = call.max_loras, w2.shape[2]
         self.gate_up_shrink = None
         if call.gate_up_a is not None:
-            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False, False)
+            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False)
         # the rank vectors of down, and behind them the count of those that are done
         rank = 0 if call.down_b is None else call.down_b.shape[3]
         self.counter = -(-self.num_pairs * rank // 8) * 8 if rank else -1
@@ -208,7 +203,7 @@ class TokenPlan:
         x, w = call.hidden_states, call.w13
         rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), False)
-        pdl = has_dependent_launch(x.device)
+        pdl = overlaps(x.device)
         constants = {
             "STRIDE_X": x.stride(0),
             **_strides(w),
@@ -237,7 +232,7 @@ class TokenPlan:
         x, w = call.hidden_states, call.w2
         rank = 0 if call.down_b is None else call.down_b.shape[3]
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
-        pdl, (rows, columns) = has_dependent_launch(x.device), joined_shrink_blocks(rank, w.shape[2])
+        pdl, (rows, columns) = overlaps(x.device), joined_shrink_blocks(rank, w.shape[2])
         shrinkers = self.num_pairs * -(-rank // rows)
         constants = {
             **_strides(w),
@@ -303,7 +298,7 @@ def _plan(call: FusedArguments) -> TilePlan | TokenPlan | EmptyPlan:
     return TilePlan(call) if routing.layer_sorts(num_tokens, top_k, call.w13.shape[0]) else TokenPlan(call)
 
 
-_PLANS: dict[object, TilePlan | TokenPlan | EmptyPlan] = {}
+_PLANS = new_plans()
 
 
 @on_device
@@ -311,8 +306,7 @@ def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
     # a weight that does not start at a multiple of 16 bytes takes other kernels
-    alignment = (call.w13.data_ptr() | call.w2.data_ptr()) % 16
-    key = (alignment, *(like(value) if isinstance(value, Tensor) else value for value in call))
+    key = (misalignment(call.w13, call.w2), *(like(value) if isinstance(value, Tensor) else value for value in call))
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,8 +13,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from torch_lora_moe.config import has_dependent_launch
+
 # Plans kept for one op; batches of many sizes must not fill the memory.
 MAX_PLANS = 4096
+_ALL_PLANS: list[dict[Any, Any]] = []
+# Whether launches go into a graph.
+_traced = False
 
 
 class Address(NamedTuple):
@@ -66,19 +72,17 @@ class Plan:
 
     def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
         """Launches on the current stream: ``tensors`` are the kernel's first arguments, ``sizes`` the next."""
+        compiled = self.compiled
+        if compiled is None or _profiled():
+            self._launch_with_triton(tensors, sizes)
+            return
         # a launch from addresses spares Triton two calls for each tensor
         pointers: list[Any] = [tensor.data_ptr() for tensor in tensors]
         bits = 0
         for pointer in pointers[: self.aligned]:
             bits |= pointer
-        compiled = self.compiled
-        if compiled is None or bits % 16 or _profiled():
-            arguments: list[Any] = list(tensors)
-            if self.matrix_block is not None:
-                arguments[1] = TensorDescriptor(**vars(descriptor(tensors[1], tensors[1], self.matrix_block)))
-            compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options)
-            if not bits % 16:
-                self.compiled = compiled
+        if bits % 16:
+            self._launch_with_triton(tensors, sizes)
             return
         if self.matrix_block is not None:
             pointers[1] = descriptor(tensors[1], Address(pointers[1]), self.matrix_block)
@@ -97,11 +101,60 @@ class Plan:
             *self.constants,
         )
 
+    def _launch_with_triton(self, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
+        """As Triton itself launches; the kernel is kept if the tensors are aligned. While traced, only noted."""
+        if _traced:
+            noted = torch.library.wrap_triton(self.kernel)[self.grid]
+            noted(*tensors, *sizes, *self.constants, **self.options)
+            return
+        arguments: list[Any] = list(tensors)
+        if self.matrix_block is not None:
+            arguments[1] = TensorDescriptor(**vars(descriptor(tensors[1], tensors[1], self.matrix_block)))
+        compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options)
+        if not misalignment(*tensors[: self.aligned]):
+            self.compiled = compiled
+
+
+def misalignment(*tensors: Tensor) -> int:
+    """How far the data of some of the tensors is off a multiple of 16 bytes; 0 while traced: a package aligns it."""
+    bits = 0
+    for tensor in () if _traced else tensors:
+        bits |= tensor.data_ptr()
+    return bits % 16
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended; packages made ahead of time cannot say so."""
+    return has_dependent_launch(device) and not _traced
+
 
 def _profiled() -> bool:
     """Whether someone (a profiler) listens to Triton's launches."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
+
+
+def new_plans() -> dict[Any, Any]:
+    """Where an op keeps its plans."""
+    _ALL_PLANS.append({})
+    return _ALL_PLANS[-1]
+
+
+@contextlib.contextmanager
+def traced_launches() -> Iterator[None]:
+    """Inside, launches become nodes of the graph that is traced, with their kernels, instead of going to the GPU."""
+    global _traced
+    kept = [dict(plans) for plans in _ALL_PLANS]
+    for plans in _ALL_PLANS:
+        plans.clear()
+    _traced = True
+    try:
+        yield
+    finally:
+        _traced = False
+        for plans, before in zip(_ALL_PLANS, kept, strict=True):
+            plans.clear()
+            plans.update(before)
 
 
 def remember(plans: dict[Any, Any], key: Any, plan: Any) -> None:

@@ -83,7 +83,7 @@ def layer_sorts(num_tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor so few that hardly two share an
     expert.
     """
-    return num_tokens > 1 and 8 * num_tokens * top_k > num_experts
+    return num_tokens > 1 and 3 * num_tokens * top_k > num_experts
 
 
 def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, device_type: str) -> bool:

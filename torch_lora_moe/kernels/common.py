@@ -9,24 +9,38 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def in_range(ids, size):
+    """Which ids are at least 0 and less than ``size``; compared as wide as they came."""
+    return (ids >= 0) & (ids < size)
+
+
+@triton.jit
+def slots_of(wide, flags, max_loras):
+    """Adapter slots as int32 from ids and whether each is enabled (nonzero), -1 where out of range or disabled."""
+    return tl.where(in_range(wide, max_loras) & (flags != 0), wide, -1).to(tl.int32)
+
+
+@triton.jit
+def experts_of(wide, num_experts):
+    """Experts as int32 from ids, ``num_experts`` where out of range."""
+    return tl.where(in_range(wide, num_experts), wide, num_experts).to(tl.int32)
+
+
+@triton.jit
 def effective_slots(mapping, enabled, tokens, mask, max_loras, HAS_MAPPING: tl.constexpr, HAS_ENABLED: tl.constexpr):
     """Adapter slot of each token as int32, -1 where it is out of range or disabled."""
     slots = tl.full(tokens.shape, -1, tl.int32)
     if HAS_MAPPING:
-        # compared before the cast: an int64 id must not wrap into range
         wide = tl.load(mapping + tokens, mask=mask, other=-1)
-        used = (wide >= 0) & (wide < max_loras)
-        if HAS_ENABLED:
-            used = used & (tl.load(enabled + wide, mask=used, other=0) != 0)
-        slots = tl.where(used, wide, -1).to(tl.int32)
+        flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
+        slots = slots_of(wide, flags, max_loras)
     return slots
 
 
 @triton.jit
 def known_experts(topk_ids, pairs, mask, num_experts):
     """Expert of each pair as int32, ``num_experts`` where it is out of range."""
-    wide = tl.load(topk_ids + pairs, mask=mask, other=-1)
-    return tl.where((wide >= 0) & (wide < num_experts), wide, num_experts).to(tl.int32)
+    return experts_of(tl.load(topk_ids + pairs, mask=mask, other=-1), num_experts)
 
 
 @triton.jit
@@ -90,13 +104,18 @@ def prefetch(pointers):
 
 
 @triton.jit
-def wait_for_count(counter, count):
+def wait_for_count(counter, count, PDL: tl.constexpr):
     """Until ``count`` other programs of this launch have counted; what they stored before is visible then.
 
     They must have lower numbers than this program, so that they are on the GPU when it waits.
     """
     # the interpreter runs programs in order
-    if not INTERPRETED:
+    if not PDL:
+        # in operations that a compiler around the kernel understands
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+        while seen < count:
+            seen = tl.atomic_add(counter, 0, sem="acquire")
+    else:
         tl.inline_asm_elementwise(
             """{
             .reg .pred missing;

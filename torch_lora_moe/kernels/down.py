@@ -41,7 +41,6 @@ def _down_tile(
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``BLOCK_N`` columns of the weighted output of one tile."""
@@ -56,7 +55,7 @@ def _down_tile(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
             first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
-    if EARLY:
+    if RANK == 0:
         wait_for_producer(PDL)
     h_rows = h + pairs.to(tl.int64)[:, None] * IN
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -71,6 +70,7 @@ def _down_tile(
     if HAS_BIAS:
         acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
     if RANK > 0:
+        wait_for_producer(PDL)
         if PRELOAD:
             s = load_shrunk(shrunk, b, pairs, first_mine, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             acc = fma(acc, s, first_b, there)
@@ -122,15 +122,13 @@ def down_tiles(
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for each block of columns of each tile: ``out[p] = weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
 
-    ``EARLY``: the schedule and the router weights are complete from the start. The rest as for `gate_up_tiles`.
+    The schedule and the router weights are complete from the start. With LoRA the kernel before is its shrink, so all
+    but ``shrunk`` is; without, the kernel waits for ``h``. The rest as for `gate_up_tiles`.
     """
-    if not EARLY:
-        wait_for_producer(PDL)
     release_consumer(PDL)
     block, tile = tl.program_id(0), tl.program_id(1)
     expert, start, count = load_tile(schedule, num_pairs, tile)
@@ -169,7 +167,6 @@ def down_tiles(
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
-                EARLY,
                 PDL,
             )
         else:
@@ -206,10 +203,9 @@ def down_tiles(
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
-                EARLY,
                 PDL,
             )
-    elif EARLY:
+    else:
         wait_for_producer(PDL)
 
 

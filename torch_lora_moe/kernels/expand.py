@@ -131,7 +131,7 @@ def expand_runs(
     inside = within < SLICE
     columns = (part * SLICE + within).to(tl.int64) * STRIDE_N
     local = tl.arange(0, BLOCK_M)
-    plane_size = num_pairs.to(tl.int64) * (NUM_SLICES * RANK)
+    plane_size = tl.cast(num_pairs, tl.int64) * (NUM_SLICES * RANK)
     if not BEHIND_SHRINK:
         wait_for_producer(PDL)
         release_consumer(PDL)

@@ -318,7 +318,7 @@ def down_tokens(
             if HAS_BIAS:
                 rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
         if RANK > 0:
-            wait_for_count(_counter(shrunk, COUNTER), SHRINKERS)
+            wait_for_count(_counter(shrunk, COUNTER), SHRINKERS, PDL)
             s = tl.load(shrunk + pairs[:, None] * RANK + ranks[None, :], mask=there, other=0.0).to(tl.float32)
             delta = tl.sum(matrices.to(tl.float32) * (s * scales[:, None])[:, None, :], 2)
             rest += tl.sum(delta, 0)

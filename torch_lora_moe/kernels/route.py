@@ -3,12 +3,23 @@
 Up to a few thousand pairs `route_ranked` orders them in one launch: every program ranks its own pairs against all
 others, so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ordered by
 slot, a histogram by expert for each chunk of that order, and a stable scatter. `cut_runs` then finds the runs of LoRA.
+
+Where ids decide on a position, the kernels load them themselves: of what a called function loads, ahead-of-time
+compilation cannot tell that it is only read.
 """
 
 import triton
 import triton.language as tl
 
-from .common import effective_slots, known_experts, release_consumer, wait_for_producer
+from .common import (
+    effective_slots,
+    experts_of,
+    in_range,
+    known_experts,
+    release_consumer,
+    slots_of,
+    wait_for_producer,
+)
 
 # Where no composite key can be, for pairs of unknown experts.
 NOWHERE = tl.constexpr(2**62)
@@ -113,8 +124,12 @@ def route_ranked(
     if tl.program_id(0) < rankers:
         mine = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
         there = mine < num_pairs
-        experts = known_experts(topk_ids, mine, there, num_experts)
-        slots = effective_slots(mapping, enabled, mine // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
+        experts = experts_of(tl.load(topk_ids + mine, mask=there, other=-1), num_experts)
+        slots = tl.full([BLOCK_P], -1, tl.int32)
+        if HAS_MAPPING:
+            wide = tl.load(mapping + mine // top_k, mask=there, other=-1)
+            flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
+            slots = slots_of(wide, flags, max_loras)
         known = experts < num_experts
         mine_key = _composite(experts * (max_loras + 1) + slots + 1, mine, num_pairs, known, WIDE)
         # added up once at the end: a sum over threads in each round would cost more than the comparisons
@@ -123,8 +138,12 @@ def route_ranked(
         for start in range(0, num_tokens, BLOCK_T):
             tokens = start + tl.arange(0, BLOCK_T)
             pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
-            e = known_experts(topk_ids, pairs, exist, num_experts)
-            s = effective_slots(mapping, enabled, tokens, tokens < num_tokens, max_loras, HAS_MAPPING, HAS_ENABLED)
+            e = experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts)
+            s = tl.full([BLOCK_T], -1, tl.int32)
+            if HAS_MAPPING:
+                ids = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
+                on = tl.load(enabled + ids, mask=in_range(ids, max_loras), other=0) if HAS_ENABLED else 1
+                s = slots_of(ids, on, max_loras)
             used = e < num_experts
             keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
             smaller += (tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32)
@@ -136,7 +155,7 @@ def route_ranked(
         counts = tl.zeros([BINS], tl.int32)
         for start in range(0, num_tokens, BLOCK_T):
             pairs, exist = _token_pairs(start + tl.arange(0, BLOCK_T), num_tokens, top_k, K_POW2)
-            e = tl.reshape(known_experts(topk_ids, pairs, exist, num_experts), [flat])
+            e = tl.reshape(experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts), [flat])
             counts += tl.histogram(e, BINS, mask=e < num_experts)
         columns = (tl.program_id(0) - rankers) * BLOCK_C + tl.arange(0, BLOCK_C)
         _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
@@ -165,13 +184,17 @@ def order_tokens(
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, num_tokens, BLOCK_Q):
         tokens = start + tl.arange(0, BLOCK_Q)
-        s = effective_slots(mapping, enabled, tokens, tokens < num_tokens, max_loras, True, HAS_ENABLED)
+        wide = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
+        flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
+        s = slots_of(wide, flags, max_loras)
         counts += tl.histogram(s + 1, BINS, mask=tokens < num_tokens)
         if start < first:
             before += tl.histogram(s + 1, BINS, mask=tokens < first)
     mine = first + local
     there = mine < num_tokens
-    slots = effective_slots(mapping, enabled, mine, there, max_loras, True, HAS_ENABLED)
+    wide = tl.load(mapping + mine, mask=there, other=-1)
+    flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
+    slots = slots_of(wide, flags, max_loras)
     same = (slots[None, :] == slots[:, None]) & (local[None, :] < local[:, None])
     position = tl.gather(tl.cumsum(counts, 0) - counts + before, slots + 1, 0) + tl.sum(same.to(tl.int32), 1)
     tl.store(token_order + position, mine, mask=there)

@@ -3,23 +3,13 @@
 Few pairs take one program each and stream their own matrix (`shrink_pairs`, no sort, no tensor cores: the bytes of A
 are the time; `shrink_streams` inside the whole layer, with copies in flight). Many pairs are sorted, so that the pairs
 of a virtual expert are neighbours: a run, which meets its matrix in one tensor-core product (`shrink_runs`).
+Each lets the kernel after it start once the one before it is complete: all but the rank vectors is there then.
 """
 
 import triton
 import triton.language as tl
 
 from .common import fma, load_row, load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
-
-
-@triton.jit
-def _start(EAGER: tl.constexpr, PDL: tl.constexpr):
-    """Waits for the kernel before and lets the one after start, in the order that both allow."""
-    if EAGER:
-        release_consumer(PDL)
-        wait_for_producer(PDL)
-    else:
-        wait_for_producer(PDL)
-        release_consumer(PDL)
 
 
 @triton.jit(
@@ -47,18 +37,15 @@ def shrink_pairs(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EAGER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks.
-
-    ``EAGER``: the kernel after it reads nothing early that the kernel before makes, so it may start at once.
-    """
+    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks."""
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
-    _start(EAGER, PDL)
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     if virtual >= 0:
@@ -153,19 +140,16 @@ def shrink_runs(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EAGER: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs.
-
-    ``EAGER`` as for `shrink_pairs`.
-    """
+    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs."""
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     local = tl.arange(0, BLOCK_M)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
     out += plane.to(tl.int64) * num_pairs * ROWS
-    _start(EAGER, PDL)
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     if CLEAR:
         _clear_skipped(
             out,
@@ -233,7 +217,6 @@ def shrink_streams(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EAGER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `shrink_pairs`, the matrix through the tensor cores: one row of sixteen counts, but its bytes are on their way
@@ -243,7 +226,8 @@ def shrink_streams(
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     there = tl.arange(0, 16) == 0
-    _start(EAGER, PDL)
+    wait_for_producer(PDL)
+    release_consumer(PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     if virtual >= 0:
         weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)

@@ -174,5 +174,5 @@ def load_shrunk(
         source, mask = rows[:, None, None] + r[None, None, :], mine[:, :, None] & (r < RANK)[None, None, :]
     s = tl.load(source, mask=mask, other=0.0)
     for plane in tl.static_range(1, NUM_PLANES):
-        s += tl.load(source + plane * num_pairs.to(tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
+        s += tl.load(source + plane * tl.cast(num_pairs, tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
     return tl.reshape(s.to(b.dtype.element_ty), [pairs.shape[0], GROUPS * BLOCK_R])

@@ -1,0 +1,80 @@
+"""Calls of the ops as an ahead-of-time package for a GPU holds them: kernels alone, and no copies of what they read."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from torch_lora_moe import MoELoRA, build_lora_hooks, fused_experts, layer, ops, plans  # noqa: E402
+from torch_lora_moe.export import _kernels_for_ops  # noqa: E402
+
+EXPERTS, HIDDEN, INNER, TOP_K, SLOTS, RANK = 16, 256, 128, 4, 4, 16
+MADE = {"out", "output", "schedule", "token_order", "ordered_experts", "histograms", "shrunk", "next_shrunk"}
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of which nothing is asked but what it is."""
+    target = GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(type(triton.runtime.driver), "active", property(lambda self: driver))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "")
+    monkeypatch.setattr(plans, "has_dependent_launch", lambda device: True)
+    monkeypatch.setattr(layer, "shared_memory", lambda device: 227 * 1024)
+
+
+class Block(nn.Module):
+    """A layer with the fused op, and what the hooks add around nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        e, h, i, r = EXPERTS, HIDDEN, INNER, RANK
+        shapes = ((SLOTS, e, 2 * r, h), (SLOTS, e, 2 * i, r), (SLOTS, e, r, i), (SLOTS, e, h, r))
+        for name, shape in zip(MoELoRA._fields[:4], shapes, strict=True):
+            self.register_buffer(name, empty(*shape))
+        self.register_buffer("adapter_enabled", empty(SLOTS, dtype=torch.bool))
+        self.register_buffer("w13", empty(e, 2 * i, h))
+        self.register_buffer("w2", empty(e, h, i))
+
+    def forward(self, x: Tensor, weights: Tensor, ids: Tensor, mapping: Tensor) -> tuple[Tensor, ...]:
+        lora = MoELoRA(*(getattr(self, name) for name in MoELoRA._fields))
+        hooks = build_lora_hooks(lora, ids, weights, mapping)
+        cache1, cache3 = x.new_zeros(*ids.shape, 2 * INNER), x.new_zeros(*ids.shape, HIDDEN)
+        hooks.after_gate_up(x, cache1)
+        hooks.after_down(x.new_zeros(ids.numel(), INNER), cache3)
+        return fused_experts(x, self.w13, self.w2, weights, ids, lora, mapping), cache1, cache3
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 400, 3000])
+def test_graph_holds_kernels_that_change_only_what_they_make(tokens: int) -> None:
+    handle = ops.fused_experts
+    with FakeTensorMode(), torch.no_grad(), _kernels_for_ops():
+        block = Block().eval()
+        weights, ids = empty(tokens, TOP_K, dtype=torch.float32), empty(tokens, TOP_K, dtype=torch.int64)
+        batch = (empty(tokens, HIDDEN), weights, ids, empty(tokens, dtype=torch.int32))
+        program = torch.export.export(block, batch).run_decompositions()
+    assert ops.fused_experts is handle
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert not any("lora_moe" in str(node.target) for node in calls)
+    kernels = [node for node in calls if "triton_kernel_wrapper" in str(node.target)]
+    assert len(kernels) >= 7
+    for node in kernels:
+        assert {*node.kwargs["tensors_to_clone"]} <= MADE
+        constants = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table.get_constant_args(
+            node.kwargs["constant_args_idx"]
+        )
+        assert not constants.get("PDL", False)
+    assert {spec.kind.name for spec in program.graph_signature.output_specs} == {"USER_OUTPUT"}
