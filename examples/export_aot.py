@@ -1,12 +1,15 @@
 """Exports a MoE block with LoRA adapters ahead of time, and writes inputs and the expected result beside it.
 
-    python examples/export_aot.py FOLDER
+    python examples/export_aot.py FOLDER                  # for a CPU: any number of tokens
+    python examples/export_aot.py FOLDER --device cuda    # for this GPU: one number of tokens
 
-``examples/aot_cpp`` runs the package in a C++ program.
+``examples/aot_cpp`` runs the package for a CPU in a C++ program. That for a GPU is run here, in a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +20,15 @@ from torch_lora_moe import MoELoRA, fused_experts
 from torch_lora_moe.export import export_package
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, SLOTS, RANK = 9, 64, 32, 8, 2, 4, 8
+
+RUN = """
+import sys, torch
+package = torch._inductor.aoti_load_package(sys.argv[1] + "/block.pt2")
+hidden_states, mapping, expected = torch.load(sys.argv[1] + "/batch.pt")
+actual = package(hidden_states, mapping)
+assert "torch_lora_moe" not in sys.modules
+print("largest difference to the eager result:", (actual - expected).abs().max().item())
+"""
 
 
 class Block(nn.Module):
@@ -44,22 +56,43 @@ class Block(nn.Module):
         return fused_experts(hidden_states, self.w13, self.w2, weights, ids, lora, token_lora_mapping)
 
 
-def main() -> None:
+def example_batch(device: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and adapter slots of `TOKENS` tokens."""
+    mapping = torch.arange(TOKENS, dtype=torch.int32) % (SLOTS + 1) - 1
+    return torch.randn(TOKENS, HIDDEN).to(device), mapping.to(device)
+
+
+def export_for_cpu(folder: Path, block: Block) -> None:
     """Exports for any number of tokens, then computes a batch of another size than the example's."""
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    block = Block().eval()
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     example = (torch.randn(5, HIDDEN), torch.zeros(5, dtype=torch.int32))
     package = export_package(block, example, folder / "block.pt2", dynamic_shapes=({0: tokens}, {0: tokens}))
-
-    hidden_states = torch.randn(TOKENS, HIDDEN)
-    mapping = torch.arange(TOKENS, dtype=torch.int32) % (SLOTS + 1) - 1
-    with torch.no_grad():
-        expected = block(hidden_states, mapping)
+    hidden_states, mapping = example_batch("cpu")
+    expected = block(hidden_states, mapping)
     for name, tensor in (("hidden_states", hidden_states), ("mapping", mapping), ("expected", expected)):
         tensor.numpy().tofile(folder / f"{name}.bin")
     print(f"wrote {package} and a batch of {TOKENS} tokens")
+
+
+def export_for_gpu(folder: Path, block: Block) -> None:
+    """Exports for batches of the example's size, then runs the package on another batch in a new process."""
+    package = export_package(block, example_batch("cuda"), folder / "block.pt2")
+    print(f"wrote {package} for batches of {TOKENS} tokens")
+    batch = example_batch("cuda")
+    torch.save((*batch, block(*batch)), folder / "batch.pt")
+    subprocess.run([sys.executable, "-c", RUN, str(folder.resolve())], cwd=folder, check=True)
+
+
+def main() -> None:
+    """Exports for the device that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        block = Block().eval().to(options.device)
+        (export_for_gpu if options.device == "cuda" else export_for_cpu)(options.folder, block)
 
 
 if __name__ == "__main__":

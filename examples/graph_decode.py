@@ -5,18 +5,21 @@ to step stands in tensors that never move: tokens, positions, the KV cache, each
 matrices. So one graph serves all: a request that arrives takes a row and an adapter, the one before is simply gone.
 
     python examples/graph_decode.py                  # small; without a GPU the same step runs without a graph
-    python examples/graph_decode.py --qwen3 --batch 32 --slots 16 --adapters 24    # 8 layers of the real sizes
+    python examples/graph_decode.py --qwen3 --batch 32 --slots 17 --adapters 24    # 8 layers of the real sizes
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 from torch_lora_moe import AdapterPool, fused_experts
 from torch_lora_moe.adapters import Adapter, ExpertsLoRA, ExpertsSpec
+from torch_lora_moe.bench.timing import environment
 
 RANK, PROMPT, WANTED = 16, 4, 12
 
@@ -200,6 +204,7 @@ def main() -> None:
     parser.add_argument("--qwen3", action="store_true", help="eight layers of the sizes of Qwen3-30B-A3B, in bf16")
     for name, default in (("batch", 8), ("slots", 4), ("adapters", 10), ("requests", 40), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="JSON file for the times of a step")
     options = parser.parse_args()
     if options.slots < 2:
         parser.error("--slots: expected at least 2, one of which is loaded while the others decode")
@@ -225,7 +230,10 @@ def main() -> None:
     server.serve(requests)
     report(server, requests)
     check(model, step, requests[:6])
-    report_steps(model, step, [name for name in names if name in pool.names], random_adapter(layers, 1000))
+    rows = report_steps(model, step, [name for name in names if name in pool.names], random_adapter(layers, 1000))
+    if options.out is not None:
+        settings = {"batch": options.batch, "slots": options.slots, "layers": sizes.layers, "rank": RANK}
+        options.out.write_text(json.dumps({**environment(), **settings, "milliseconds": rows}, indent=1) + "\n")
 
 
 def report(server: Server, requests: list[Request]) -> None:
@@ -238,8 +246,12 @@ def report(server: Server, requests: list[Request]) -> None:
     )
 
 
-def report_steps(model: Decoder, step: Callable[[], None], names: list[str], another: Adapter) -> None:
-    """Prints how long a step takes with adapters, without, and while one more adapter is loaded again and again."""
+def report_steps(model: Decoder, step: Callable[[], None], names: list[str], another: Adapter) -> dict[str, Any]:
+    """Prints how long a step takes with adapters, without, and while one more adapter is loaded again and again.
+
+    Returns:
+        the median and the longest time of each, and the median time of a load, in milliseconds.
+    """
     pool, rows = model.pool, model.mapping.shape[0]
     free = names.pop()
     pool.unload(free)
@@ -276,13 +288,14 @@ def report_steps(model: Decoder, step: Callable[[], None], names: list[str], ano
     done.set()
     loader.join()
     print(f"\na step of {rows} rows, ms             median  longest")
-    for name, seconds in (
-        ("without adapters", without),
-        (f"{len(names)} adapters", adapted),
-        ("while loading", beside),
-    ):
-        print(f"{name:32s}{statistics.median(seconds):7.2f}  {max(seconds):7.2f}")
+    times = {"without adapters": without, f"{len(names)} adapters": adapted, "while loading": beside}
+    result: dict[str, Any] = {}
+    for name, values in times.items():
+        result[name] = {"median": round(statistics.median(values), 3), "longest": round(max(values), 3)}
+        print(f"{name:32s}{statistics.median(values):7.2f}  {max(values):7.2f}")
+    result["load"] = {"median": round(statistics.median(loads), 1), "loads": len(loads)}
     print(f"{len(loads)} loads meanwhile, {statistics.median(loads):.1f} ms each")
+    return result
 
 
 def synchronize() -> None:
