@@ -76,7 +76,9 @@ def export_for_cpu(folder: Path, block: Block) -> None:
 
 def export_for_gpu(folder: Path, block: Block) -> None:
     """Exports for batches of the example's size, then runs the package on another batch in a new process."""
-    package = export_package(block, example_batch("cuda"), folder / "block.pt2")
+    # the compiler on the path is the one whose C++ library Python has loaded, CXX may name another
+    with torch._inductor.config.patch({"cpp.cxx": (None, "g++")}):
+        package = export_package(block, example_batch("cuda"), folder / "block.pt2")
     print(f"wrote {package} for batches of {TOKENS} tokens")
     batch = example_batch("cuda")
     torch.save((*batch, block(*batch)), folder / "batch.pt")
