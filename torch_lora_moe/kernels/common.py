@@ -109,9 +109,8 @@ def wait_for_count(counter, count, PDL: tl.constexpr):
 
     They must have lower numbers than this program, so that they are on the GPU when it waits.
     """
-    # the interpreter runs programs in order
     if not PDL:
-        # in operations that a compiler around the kernel understands
+        # in operations that the interpreter and a compiler around the kernel understand
         seen = tl.atomic_add(counter, 0, sem="acquire")
         while seen < count:
             seen = tl.atomic_add(counter, 0, sem="acquire")
