@@ -81,6 +81,35 @@ def test_generate_with_left_padding_and_beams(beams: int, tmp_path: Path) -> Non
         assert torch.equal(tokens[row], expected[0])
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"do_sample": True, "num_return_sequences": 2}, {"do_sample": False, "cache_implementation": "static"}],
+    ids=["sampling", "static_cache"],
+)
+def test_generate_draws_from_the_logits_of_its_adapter(how: dict[str, object], tmp_path: Path) -> None:
+    """Each step's logits are PEFT's for the tokens that came out, several sequences a request included."""
+    model, peft_model, _ = prepared(qwen3_moe, tmp_path)
+    ids, new = torch.randint(1, 64, (4, 6)), 5
+    options = {"min_new_tokens": new, "max_new_tokens": new, "disable_compile": True, **how}
+    torch.manual_seed(0)
+    with use_adapters(model, NAMES):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+    copies = len(out.sequences) // len(NAMES)
+    logits = torch.stack(out.logits, 1)
+    for row, name in enumerate(NAMES):
+        mine = slice(row * copies, (row + 1) * copies)
+        sequences = out.sequences[mine]
+        expected = alone(peft_model, name, sequences, torch.ones_like(sequences))[:, -new - 1 : -1]
+        torch.testing.assert_close(logits[mine], expected, rtol=1e-4, atol=1e-4)
+    assert copies == 1 or len(out.sequences.unique(dim=0)) > len(NAMES), "two samples of a request differ"
+
+
 DENSE = {
     "a": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     "b": {"r": 6, "target_modules": ["o_proj"], "use_rslora": True},
