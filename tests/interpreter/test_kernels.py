@@ -66,6 +66,7 @@ FEW_TOKENS = {
     "many_experts": Case(1, top_k=10, num_experts=12, mapping=(0,), dtype=torch.float16),
     "wide": Case(1, intermediate_size=1300, hidden_size=70, mapping=(1,)),
     "two_tokens": Case(2, num_experts=40, mapping=(1, 0)),
+    "seven_tokens": Case(7, top_k=3, num_experts=64, mapping=(1, 0, 2, -1, 1, 5, 0)),
     "three_tokens": Case(3, top_k=3, num_experts=90, rank=12, bias=True, mapping=(2, -1, 1), dtype=torch.float16),
 }
 
