@@ -80,10 +80,9 @@ def cuts_runs(num_pairs: int, num_virtual_experts: int) -> bool:
 
 
 def layer_sorts(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor so few that hardly two share an
-    expert.
-    """
-    return num_tokens > 1 and 3 * num_tokens * top_k > num_experts
+    """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor a few that hardly share an expert."""
+    num_pairs = num_tokens * top_k
+    return num_tokens > 1 and (3 * num_pairs > num_experts or num_pairs > 48)
 
 
 def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, device_type: str) -> bool:

@@ -123,9 +123,12 @@ def gate_up_pairs(
             mask = here[:, None] & (k < IN)[None, :] if IN % (BLOCK_K * UNROLL) != 0 else here[:, None]
             value = load_row(x_row, k, known & (k < IN), BLOCK_N)
             source = rows + k.to(tl.int64)[None, :] * STRIDE_I
-            gate_acc += tl.load(source, mask=mask, other=0.0).to(tl.float32) * value
+            # read once: it pushes nothing else out of L2, which may have to be written back
+            weight = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first")
+            gate_acc += weight.to(tl.float32) * value
             if IS_GATED:
-                up_acc += tl.load(source + to_up * STRIDE_N, mask=mask, other=0.0).to(tl.float32) * value
+                weight = tl.load(source + to_up * STRIDE_N, mask=mask, other=0.0, eviction_policy="evict_first")
+                up_acc += weight.to(tl.float32) * value
     if RANK > 0:
         adapted = virtual >= 0
         which = tl.where(adapted, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
