@@ -83,12 +83,19 @@ def test_far_shapes_and_other_kernels_take_the_heuristics() -> None:
 
 
 PRODUCTS = [
-    Product(int(pairs * tiles), rows, tiles, columns, inner, itemsize, rank, has_runs)
+    Product(int(pairs * tiles), rows, tiles, columns, inner, itemsize, rank, has_runs, slots)
     for rows, pairs in ((16, 1.2), (16, 5), (32, 18), (64, 40), (128, 100))
     for tiles in (2.0, 300.0)
     for columns, inner in ((768, 2048), (48, 100), (352, 2880), (14336, 4096))
     for itemsize in (2, 4)
-    for rank, has_runs in ((0, False), (16, False), (16, True), (12, True), (128, True))
+    for rank, has_runs, slots in (
+        (0, False, 1),
+        (16, False, 8),
+        (16, True, 8),
+        (12, True, 1),
+        (3, True, 1),
+        (128, True, 4),
+    )
 ]
 
 
@@ -112,26 +119,44 @@ def test_tiles_are_legal_and_fit(product: Product) -> None:
             assert covered <= max(1.125 * product.columns, product.columns + 31)
             stage = (tile.block_m + parts * tile.block_n) * tile.block_k * product.itemsize
             for limit in (227 * 1024, 163 * 1024, 99 * 1024):
-                held = fitted(tile, parts * tile.block_n, product.itemsize, limit)
+                held = fitted(tile, parts * tile.block_n, product.rank, product.itemsize, limit)
                 assert held.num_stages <= tile.num_stages
                 assert held.num_stages == 1 or held.num_stages * stage <= limit
+                assert held.lora_stages in (1, tile.lora_stages)
             # what was tuned on Hopper is not cut down there
-            assert fitted(tile, parts * tile.block_n, product.itemsize, 227 * 1024) == tile
+            assert fitted(tile, parts * tile.block_n, product.rank, product.itemsize, 227 * 1024) == tile
 
 
 @pytest.mark.parametrize("num_pairs", [1, 8, 100, 1024, 40000])
 @pytest.mark.parametrize(("outer", "inner"), [(4, 16), (32, 2048), (24, 100), (512, 14336)])
 @pytest.mark.parametrize("has_runs", [True, False])
 def test_layer_shrinks_are_legal(num_pairs: int, outer: int, inner: int, has_runs: bool) -> None:
-    chosen, planes = layer_shrink_config(num_pairs, 64, outer, inner, has_runs)
+    chosen, planes, pieces = layer_shrink_config(num_pairs, 64, outer, inner, has_runs)
     assert all(map(is_power_of_two, (chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps)))
     assert 1 <= planes <= max(1, inner // 256)
-    assert has_runs or planes == 1
+    assert has_runs or planes == pieces == 1
+    assert pieces * chosen.block_m <= max(chosen.block_m, num_pairs // 64)
 
 
 def test_few_runs_are_split() -> None:
-    assert layer_shrink_config(4096, 8, 32, 4096, True)[1] > 1
-    assert layer_shrink_config(4096, 1024, 32, 4096, True)[1] == 1
+    assert layer_shrink_config(4096, 8, 32, 4096, True)[1:] == (1, 4)
+    assert layer_shrink_config(64, 8, 32, 4096, True)[1] > 1
+    assert layer_shrink_config(4096, 1024, 32, 4096, True)[1:] == (1, 1)
+
+
+def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
+    def columns(slots: int, has_runs: bool) -> int:
+        return gate_up_config(Product(64, 16, 8.0, 14336, 4096, 2, 16, has_runs, slots), True).lora_columns
+
+    assert [columns(slots, True) for slots in (1, 3, 8, 64)] == [16, 64, 128, 128]
+    assert columns(1, False) == 128
+
+
+def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
+    def group(columns: int, inner: int) -> int:
+        return gate_up_config(Product(8192, 128, 64.0, columns, inner, 2, 0, False, 1), True).group_tiles
+
+    assert (group(768, 2048), group(2880, 2880), group(14336, 4096)) == (1, 1, 8)
 
 
 @pytest.mark.parametrize("rank", [0, 16])

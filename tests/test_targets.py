@@ -33,12 +33,12 @@ class Compiler:
     def __call__(self, plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
         names = plan.kernel.arg_names
         types = [f"*{TYPES[tensor.dtype]}" for tensor in tensors]
-        if plan.matrix_block is not None:
-            types[1] = f"tensordesc<{TYPES[tensors[1].dtype]}{plan.matrix_block}>"
+        for index, block in plan.matrices.items():
+            types[index] = f"tensordesc<{TYPES[tensors[index].dtype]}{block}>"
         types += ["fp32" if isinstance(size, float) else "i32" for size in sizes]
         signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
         constants = {(len(types) + i,): value for i, value in enumerate(plan.constants)}
-        aligned = [i for i in range(plan.aligned) if not (i == 1 and plan.matrix_block is not None)]
+        aligned = [i for i in range(plan.aligned) if i not in plan.matrices]
         source = ASTSource(plan.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
         options = {"num_warps": plan.options["num_warps"], "num_stages": plan.options["num_stages"]}
         compiled = triton.compile(source, target=self.target, options=options)
@@ -103,9 +103,9 @@ def test_hopper(compiler: Compiler, num_tokens: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("compiler", [80, 89], indirect=True)
-@pytest.mark.parametrize("num_tokens", [1, 8, 4096])
-def test_older(compiler: Compiler, num_tokens: int) -> None:
-    call = arguments(num_tokens, 16)
+@pytest.mark.parametrize(("num_tokens", "rank"), [(1, 16), (8, 128), (128, 16), (512, 128), (4096, 16), (4096, 128)])
+def test_older(compiler: Compiler, num_tokens: int, rank: int) -> None:
+    call = arguments(num_tokens, rank)
     layer._plan(call)(call)
     assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
     assert not any("griddepcontrol" in ptx or "wgmma" in ptx for ptx in compiler.ptx.values())

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 
+from torch_lora_moe.routing import RUN_ROWS
+
 # Below this many programs of an expert product the last of them leave much of the GPU idle.
 FEW_PROGRAMS = 1024
 # Shared memory that a tile needs beside its stages, to turn its result around.
 EPILOGUE_MEMORY = 32 * 1024
+# An expert's weight up to this size stays in L2 (40 to 60 MB on large GPUs) from one of its tiles to the next.
+KEPT_IN_L2 = 40 * 2**20
 # Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
 FARTHEST = 3.0
 
@@ -133,11 +137,12 @@ def shrink_planes(num_pairs: int, in_features: int, sorts: bool) -> int:
 
 def layer_shrink_config(
     num_pairs: int, num_virtual_experts: int, outer: int, inner: int, has_runs: bool
-) -> tuple[LaunchConfig, int]:
+) -> tuple[LaunchConfig, int, int]:
     """The configuration and planes of a shrink inside the whole layer.
 
-    The products behind it read every plane again, so A's rows are shared among programs before its columns are.
-    ``block_m`` 1 is ``shrink_pairs``; more without runs is ``shrink_streams``.
+    Returns:
+        configuration, planes, and programs that share the rows of a run. The products behind it read every plane again,
+        so planes come last. ``block_m`` 1 is ``shrink_pairs``; more without runs is ``shrink_streams``.
     """
     deep, wide = max(16, power_of_two(inner)), max(16, power_of_two(outer))
     if has_runs:
@@ -145,14 +150,21 @@ def layer_shrink_config(
         block_m = 64 if per_run >= 24 else 32 if per_run >= 12 else 16
         block_n = min(128 if block_m == 64 else 64, wide)
         block_k = min(128 if block_m == 16 else 64, deep)
-        planes = max(1, min(8, inner // 256, 128 // min(num_pairs, num_virtual_experts)))
-        return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), planes
+        runs = min(num_pairs, num_virtual_experts)
+        pieces = max(1, min(RUN_ROWS // block_m, per_run // block_m, 1024 // runs))
+        if block_m == 64:
+            # few programs have more on their way each; in tall tiles planes would take registers that nobody has
+            few = runs * pieces < 512
+            block_k = min(128, deep) if few else block_k
+            return LaunchConfig(block_m, block_n, block_k, 4 if few or block_n > 32 else 2, 4 if few else 3), 1, pieces
+        planes = max(1, min(8, inner // 256, 128 // (runs * pieces)))
+        return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), planes, pieces
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
-        return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1
+        return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1, 1
     rows = 16
     while rows > 4 and num_pairs * -(-outer // rows) < 256:
         rows //= 2
-    return LaunchConfig(1, min(rows, power_of_two(outer)), min(512, deep), 4, 1), 1
+    return LaunchConfig(1, min(rows, power_of_two(outer)), min(512, deep), 4, 1), 1, 1
 
 
 @dataclass(frozen=True)
@@ -160,8 +172,8 @@ class Product:
     """What the tile of an expert product is chosen by.
 
     ``pairs`` in all, ``rows`` of them to a tile and ``tiles`` (expected), ``columns`` of the output (of the activation
-    for gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), and whether the
-    schedule has runs.
+    for gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), whether the schedule
+    has runs, and of how many adapter ``slots``.
     """
 
     pairs: int
@@ -172,6 +184,7 @@ class Product:
     itemsize: int
     rank: int
     has_runs: bool
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -179,8 +192,9 @@ class TileConfig:
     """How an expert product is cut: ``block_m`` pairs by ``block_n`` output columns (of each slice), ``block_k`` deep.
 
     ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
-    at once, and with ``lora_preload`` B of the first one before the base product; ``tma``: weights come through a
-    tensor descriptor where the GPU has it and the weight allows it.
+    at once, and with ``lora_preload`` B of the first one before the base product; ``tma``: weights, and what stands in
+    the sorted order, come through tensor descriptors where the GPU has them and the memory allows it. ``group_tiles``
+    go side by side through the columns.
     """
 
     block_m: int
@@ -192,6 +206,7 @@ class TileConfig:
     lora_stages: int = 1
     lora_preload: bool = False
     tma: bool = False
+    group_tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -221,8 +236,10 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, i
         block_k = min(256, deep)
         config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
     else:
-        block_k = min(512 if inner % 512 == 0 else 256, deep)
-        config = VectorConfig(16 // itemsize, block_k, min(4, -(-inner // block_k)), 4)
+        block_k = min(512, deep)
+        # as many steps as leave little of the last ones unused
+        unroll = min((4, 3), key=lambda steps: -(-inner // (steps * block_k)) * steps)
+        config = VectorConfig(16 // itemsize, block_k, min(unroll, -(-inner // block_k)), 4)
     if not is_down:
         return config
     # what is fetched early stays in registers, beside LoRA's own
@@ -261,10 +278,11 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
             block_n = _columns(columns, 32 * wide)
         return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
-        return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 4, 3, *lora)
+        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 4, *lora)
     if rows == 64:
         return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
-    return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, tma=True)
+    group = _group_tiles(2 // wide * product.columns * product.inner * product.itemsize)
+    return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)
 
 
 def down_config(product: Product) -> TileConfig:
@@ -279,19 +297,24 @@ def down_config(product: Product) -> TileConfig:
             block_n = _columns(columns, 64)
         return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows < 128:
-        preload = rows == 64 and product.rank <= 32
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
-    if product.rank > 32:
-        # more steps of LoRA: two programs of an SM take turns at them
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 3, *lora, tma=True)
-    return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True)
+        preload = rows == 64 and product.rank <= 16
+        block_n = _columns(columns, 64 if rows == 64 and product.rank > 16 else 128)
+        return TileConfig(rows, block_n, min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
+    group = _group_tiles(product.columns * product.inner * product.itemsize)
+    if product.rank:
+        # two programs of a multiprocessor take turns at their steps of LoRA
+        stages = 3 if product.inner < 4096 else 4
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, tma=True, group_tiles=group)
+    return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)
 
 
-def fitted(config: TileConfig, block_n: int, itemsize: int, shared_memory: int) -> TileConfig:
+def fitted(config: TileConfig, block_n: int, rank: int, itemsize: int, shared_memory: int) -> TileConfig:
     """``config`` with as many stages as ``shared_memory`` bytes hold; ``block_n``: weight rows of one step."""
     stage = (config.block_m + block_n) * config.block_k * itemsize
     stages = max(1, min(config.num_stages, (shared_memory - EPILOGUE_MEMORY) // stage))
-    return replace(config, num_stages=stages)
+    lora_stage = block_n * max(config.lora_columns, power_of_two(rank)) * itemsize
+    lora_stages = max(1, min(config.lora_stages, (shared_memory - EPILOGUE_MEMORY) // lora_stage))
+    return replace(config, num_stages=stages, lora_stages=lora_stages)
 
 
 @functools.cache
@@ -303,15 +326,27 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+def _group_tiles(expert_bytes: int) -> int:
+    """Tiles of an expert follow each other, and find its weight in L2; where it is larger, they share each block."""
+    return 1 if expert_bytes <= KEPT_IN_L2 else 8
+
+
 def _lora_steps(product: Product) -> tuple[int, int, bool]:
     """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks."""
-    if product.rank > 64:
-        # steps of several parts of the rank: two of them at once would not fit
-        return 64, 1, False
-    if product.rank > 32 and product.has_runs:
+    columns, stages, preload = _most_lora_steps(product)
+    # a tile with runs has at most one for each slot
+    return min(columns, _slot_columns(product) if product.has_runs else columns), stages, preload
+
+
+def _slot_columns(product: Product) -> int:
+    return max(16, power_of_two(product.slots) * max(8, power_of_two(product.rank)))
+
+
+def _most_lora_steps(product: Product) -> tuple[int, int, bool]:
+    # where few pairs share an expert, a tile has few slots
+    few = product.rows == 16 and product.pairs < 1.5 * product.tiles
+    if product.rank > 64 or (product.rank > 32 and not few):
         return 64, 2, False
     if product.rows > 16:
-        return 64, 1, False
-    # where few pairs share an expert, a tile has few slots
-    few = product.rank <= 32 and product.pairs < 1.5 * product.tiles
-    return (32 if few else 128), 1, True
+        return (128 if product.rank > 16 and product.rows == 64 else 64), 1, False
+    return (32 if few and product.rank <= 16 else 128), 1, True

@@ -73,7 +73,8 @@ class RoutePlan:
         if num_pairs <= RANKED_PAIRS:
             ks = power_of_two(top_k)
             tokens = min(512, max(64, power_of_two(num_pairs))) // ks
-            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "BLOCK_P": 16, "BLOCK_C": columns}
+            unroll = min(4, power_of_two(-(-num_tokens // max(tokens, 1))))
+            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "UNROLL": unroll, "BLOCK_P": 16, "BLOCK_C": columns}
             wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
             grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
             constants = {**common, "WIDE": wide, **blocks}
@@ -158,7 +159,11 @@ def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
 
 
 class ShrinkPlan:
-    """The launch of a shrink; ``sorts``: whether it reads a schedule, ``clear``: whether skipped pairs are zeroed."""
+    """The launch of a shrink.
+
+    ``sorts``: whether it reads a schedule; then ``clear``: whether skipped pairs are zeroed, ``in_order``: whether its
+    input is, and ``pieces`` programs share the rows of a run.
+    """
 
     def __init__(
         self,
@@ -173,6 +178,8 @@ class ShrinkPlan:
         config: LaunchConfig | None = None,
         clear: bool = True,
         sorts: bool | None = None,
+        in_order: bool = False,
+        pieces: int = 1,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
@@ -195,9 +202,9 @@ class ShrinkPlan:
             "HAS_ENABLED": adapter_enabled is not None,
         }
         if self.sorts:
-            constants |= {"CLEAR": clear, "BLOCK_M": config.block_m}
+            constants |= {"CLEAR": clear, "IN_ORDER": in_order, "PIECES": pieces, "BLOCK_M": config.block_m}
         constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
-        first = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
+        first = run_programs(num_pairs, num_experts * max_loras) * pieces if self.sorts else num_pairs
         grid = (first, -(-rows // config.block_n), self.split_k)
         self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)
         pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)

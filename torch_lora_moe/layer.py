@@ -9,6 +9,7 @@ ended, and waits for it where it first reads what that one writes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,12 +49,14 @@ def _is_matrix(w: Tensor, block_k: int) -> bool:
 class _Shrink:
     """The rank vectors of one projection inside the layer."""
 
-    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool) -> None:
+    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool, in_order: bool = False) -> None:
         num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
         sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], x.shape[1], sorts)
-        config, planes = layer_shrink_config(*sizes)
+        config, planes, pieces = layer_shrink_config(*sizes)
+        stage = (config.block_m + config.block_n) * config.block_k * x.element_size()
+        config = replace(config, num_stages=max(1, min(config.num_stages, shared_memory(x.device) // stage)))
         tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, None)
-        how = {"config": config, "clear": False, "sorts": sorts}
+        how = {"config": config, "clear": False, "sorts": sorts, "in_order": in_order, "pieces": pieces}
         self.plan = ShrinkPlan(x, a, *tokens, num_experts, planes, **how)  # type: ignore[arg-type]
         # a sum of one plane is rounded where it is made, as the product would
         self.dtype = x.dtype if planes == 1 else torch.float32
@@ -79,11 +82,13 @@ class TilePlan:
         self.hidden, self.inner = x.shape[1], call.w2.shape[2]
         h = x.new_empty(self.num_pairs, self.inner)
         self.has_runs = routing.cuts_runs(self.num_pairs, self.num_experts * self.max_loras)
+        # a shrink that goes pair by pair finds its rows by pair
+        self.in_order = self.has_runs or call.down_a is None
         self.gate_up_shrink = self.down_shrink = None
         if call.gate_up_a is not None:
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs)
         if call.down_a is not None:
-            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs)
+            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, self.in_order)
         self.gate_up = self._gate_up(call, pdl)
         self.down = self._down(call, pdl)
         block = min(1024, max(16, power_of_two(self.hidden)))
@@ -103,8 +108,10 @@ class TilePlan:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
+            "GROUP_TILES": config.group_tiles,
             "HALVES": config.block_m == 128,
             "HAS_RUNS": self.has_runs,
+            "IN_ORDER": self.in_order,
             "PRELOAD": config.lora_preload and 0 < rank <= ranks,
             "LORA_STAGES": config.lora_stages,
             "TMA": tma,
@@ -112,13 +119,14 @@ class TilePlan:
 
     def _product(self, w: Tensor, columns: int, rank: int) -> Product:
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
-        return Product(self.num_pairs, self.rows, tiles, columns, w.shape[2], w.element_size(), rank, self.has_runs)
+        size, slots = w.element_size(), max(1, self.max_loras)
+        return Product(self.num_pairs, self.rows, tiles, columns, w.shape[2], size, rank, self.has_runs, slots)
 
     def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
         w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink
         rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
         config = gate_up_config(self._product(w, self.inner, rank), call.is_gated)
-        config = fitted(config, config.block_n * call.num_slices, w.element_size(), shared_memory(w.device))
+        config = fitted(config, config.block_n * call.num_slices, rank, w.element_size(), shared_memory(w.device))
         width = config.block_n * (2 if call.interleaved else 1)
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
         constants = {
@@ -134,17 +142,19 @@ class TilePlan:
             "EARLY": shrink is not None,
             "PDL": pdl,
         }
-        grid = (-(-self.inner // config.block_n), self.tiles, 1)
+        grid = (-(-self.inner // config.block_n) * self.tiles, 1, 1)
         options = (config.num_warps, config.num_stages)
-        block = [width, config.block_k] if tma else None
-        return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrix_block=block)
+        matrices = {1: [width, config.block_k]} if tma else None
+        return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def _down(self, call: FusedArguments, pdl: bool) -> Plan:
         w, b, shrink = call.w2, call.down_b, self.down_shrink
         rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
         config = down_config(self._product(w, self.hidden, rank))
-        config = fitted(config, config.block_n, w.element_size(), shared_memory(w.device))
+        config = fitted(config, config.block_n, rank, w.element_size(), shared_memory(w.device))
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
+        even = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
+        h_tma = tma and self.in_order and even
         shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma)
         constants = {
             **_strides(w),
@@ -152,12 +162,15 @@ class TilePlan:
             "OUT": self.hidden,
             "HAS_BIAS": call.w2_bias is not None,
             **shape,
+            "H_TMA": h_tma,
             "PDL": pdl,
         }
-        grid = (-(-self.hidden // config.block_n), self.tiles, 1)
+        grid = (-(-self.hidden // config.block_n) * self.tiles, 1, 1)
         options = (config.num_warps, config.num_stages)
-        block = [config.block_n, config.block_k] if tma else None
-        return Plan(down.down_tiles, grid, constants, options, pdl, aligned=6, matrix_block=block)
+        matrices = {1: [config.block_n, config.block_k]} if tma else {}
+        if h_tma:
+            matrices[8] = [config.block_m, config.block_k]
+        return Plan(down.down_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
@@ -178,7 +191,7 @@ class TilePlan:
         if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
             shrunk, b = self.down_shrink(call, h, call.down_a, schedule), call.down_b
         bias = call.w2 if call.w2_bias is None else call.w2_bias
-        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights)
+        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h)
         self.down(tensors, self.num_pairs, self.num_experts)
         self.sum((y, ids, out), call.routed_scaling_factor, self.num_experts)
         return out

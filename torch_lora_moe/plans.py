@@ -36,21 +36,21 @@ class Address(NamedTuple):
 _DESCRIPTOR_DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
 
 
-def descriptor(weight: Tensor, base: Any, block: list[int]) -> SimpleNamespace:
-    """A weight ``[experts, rows, columns]`` as Triton's launcher reads a tensor descriptor: all rows one by one.
+def descriptor(tensor: Tensor, base: Any, block: list[int]) -> SimpleNamespace:
+    """A tensor ``[..., rows, columns]`` as Triton's launcher reads a tensor descriptor: all rows one by one.
 
     Triton's own class checks itself at each launch and keeps the tensor alive; ``base`` may be an `Address`.
     """
-    experts, rows, columns = weight.shape
-    sizes = {"shape": [experts * rows, columns], "strides": [weight.stride(1), 1], "block_shape": block}
+    columns = tensor.shape[-1]
+    sizes = {"shape": [tensor.numel() // columns, columns], "strides": [tensor.stride(-2), 1], "block_shape": block}
     return SimpleNamespace(base=base, **sizes, **_DESCRIPTOR_DEFAULTS)
 
 
 class Plan:
     """One kernel with its grid and constants; the compiled kernel is kept after the first launch.
 
-    The first ``aligned`` arguments are tensors whose data a compiled kernel expects at multiples of 16 bytes. With
-    ``matrix_block`` the second one, a weight, goes as a tensor descriptor with blocks of that shape.
+    The first ``aligned`` arguments are tensors whose data a compiled kernel expects at multiples of 16 bytes. Those of
+    ``matrices``, by number, go as tensor descriptors with blocks of the shape given there.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Plan:
         config: tuple[int, int] = (4, 1),
         dependent: bool = False,
         aligned: int = 0,
-        matrix_block: list[int] | None = None,
+        matrices: dict[int, list[int]] | None = None,
     ) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, tuple(constants.values())
         self.options: dict[str, Any] = {"num_warps": config[0], "num_stages": config[1]}
         if dependent:
             self.options["launch_pdl"] = True
-        self.aligned, self.matrix_block = aligned, matrix_block
+        self.aligned, self.matrices = aligned, matrices or {}
         self.compiled: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
@@ -84,8 +84,8 @@ class Plan:
         if bits % 16:
             self._launch_with_triton(tensors, sizes)
             return
-        if self.matrix_block is not None:
-            pointers[1] = descriptor(tensors[1], Address(pointers[1]), self.matrix_block)
+        for index, block in self.matrices.items():
+            pointers[index] = descriptor(tensors[index], Address(pointers[index]), block)
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
         # the call that Triton's own launch ends in, without the binding of arguments before it
         compiled.run(
@@ -108,8 +108,8 @@ class Plan:
             noted(*tensors, *sizes, *self.constants, **self.options)
             return
         arguments: list[Any] = list(tensors)
-        if self.matrix_block is not None:
-            arguments[1] = TensorDescriptor(**vars(descriptor(tensors[1], tensors[1], self.matrix_block)))
+        for index, block in self.matrices.items():
+            arguments[index] = TensorDescriptor(**vars(descriptor(tensors[index], tensors[index], block)))
         compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options)
         if not misalignment(*tensors[: self.aligned]):
             self.compiled = compiled

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, cpu, launch, layer, reference, routing
+from torch_lora_moe import MoELoRA, config, cpu, launch, layer, reference, routing
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -117,6 +117,38 @@ def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
+
+
+def test_tiles_side_by_side(sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of tiles that go through the columns together, the last group smaller than the others."""
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 128)
+    monkeypatch.setattr(config, "KEPT_IN_L2", 0)
+    sizes = {"num_experts": 13, "top_k": 2, "hidden_size": 300, "intermediate_size": 200}
+    inputs = make_inputs(Case(num_tokens=40, dtype=torch.float16, **sizes))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    for product in (plan.gate_up, plan.down):
+        names = product.kernel.arg_names[-len(product.constants) :]
+        assert dict(zip(names, product.constants, strict=True))["GROUP_TILES"] == 8
+        assert product.grid[0] > plan.tiles == 13
+
+
+def test_few_long_runs() -> None:
+    """Programs share the rows of a run."""
+    layer._PLANS.clear()
+    inputs = make_inputs(Case(num_tokens=300, num_experts=2, max_loras=1, mapping=(0,) * 300, intermediate_size=40))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    assert plan.gate_up_shrink.plan.launch.grid[0] > launch.run_programs(plan.num_pairs, 2)
+
+
+def test_few_short_runs() -> None:
+    """Planes of a shrink inside the layer, more than two of them."""
+    layer._PLANS.clear()
+    inputs = make_inputs(Case(num_tokens=40, num_experts=3, max_loras=2, hidden_size=1100, intermediate_size=40))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    assert plan.gate_up_shrink.planes > 2
 
 
 @pytest.mark.parametrize("ranked", [True, False], ids=["one_launch", "three_launches"])

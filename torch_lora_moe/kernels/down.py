@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from .common import fma, known_experts, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+from .tiles import load_b, load_shrunk, load_tile, load_weight, place, slots_of_tile, take_slots
 
 
 @triton.jit
 def _down_tile(
     h,
+    h_matrix,
     w,
     bias,
     out,
@@ -38,14 +39,17 @@ def _down_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_RUNS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    H_TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``BLOCK_N`` columns of the weighted output of one tile."""
-    there = tl.arange(0, BLOCK_M) < count
-    pairs = tl.load(schedule + start + tl.arange(0, BLOCK_M), mask=there, other=0)
+    local = tl.arange(0, BLOCK_M)
+    there = local < count
+    pairs = tl.load(schedule + start + local, mask=there, other=0)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(topk_weights + pairs, mask=there, other=0.0).to(tl.float32)
     if RANK > 0:
@@ -57,12 +61,13 @@ def _down_tile(
             first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
     if RANK == 0:
         wait_for_producer(PDL)
-    h_rows = h + pairs.to(tl.int64)[:, None] * IN
+    h_rows = h + (start + local if IN_ORDER else pairs).to(tl.int64)[:, None] * IN
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, IN, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = there[:, None] & (k < IN)[None, :] if IN % BLOCK_K != 0 else there[:, None]
-        left = tl.load(h_rows + k[None, :], mask=inside, other=0.0)
+        # rows beyond the tile's are those of other experts, whose products are never stored
+        left = h_matrix.load([start, first]) if H_TMA else tl.load(h_rows + k[None, :], mask=inside, other=0.0)
         right = load_weight(
             w, expert, block * BLOCK_N, first, OUT, IN, STRIDE_E, STRIDE_N, STRIDE_I, BLOCK_N, BLOCK_K, TMA
         )
@@ -101,6 +106,7 @@ def down_tiles(
     b,
     schedule,
     topk_weights,
+    h_matrix,
     num_pairs,
     num_experts,
     STRIDE_E: tl.constexpr,
@@ -117,25 +123,30 @@ def down_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
     HALVES: tl.constexpr,
     HAS_RUNS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    H_TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for each block of columns of each tile: ``out[p] = weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
 
     The schedule and the router weights are complete from the start. With LoRA the kernel before is its shrink, so all
-    but ``shrunk`` is; without, the kernel waits for ``h``. The rest as for `gate_up_tiles`.
+    but ``shrunk`` is; without, the kernel waits for ``h``. ``IN_ORDER``: the rows of ``h`` stand in the sorted order;
+    ``H_TMA``: full tiles read them through ``h_matrix``. The rest as for `gate_up_tiles`.
     """
     release_consumer(PDL)
-    block, tile = tl.program_id(0), tl.program_id(1)
+    block, tile = place(OUT, BLOCK_N, GROUP_TILES)
     expert, start, count = load_tile(schedule, num_pairs, tile)
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:
             _down_tile(
                 h,
+                h_matrix,
                 w,
                 bias,
                 out,
@@ -164,14 +175,17 @@ def down_tiles(
                 BLOCK_N,
                 BLOCK_K,
                 HAS_RUNS,
+                IN_ORDER,
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
+                False,
                 PDL,
             )
         else:
             _down_tile(
                 h,
+                h_matrix,
                 w,
                 bias,
                 out,
@@ -200,9 +214,11 @@ def down_tiles(
                 BLOCK_N,
                 BLOCK_K,
                 HAS_RUNS,
+                IN_ORDER,
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
+                H_TMA,
                 PDL,
             )
     else:

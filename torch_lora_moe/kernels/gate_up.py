@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .activation import activate
 from .common import fma, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_tile, load_weight, slots_of_tile, take_slots
+from .tiles import load_b, load_shrunk, load_weight, place, slots_of_tile, take_slots
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _gate_up_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_RUNS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
@@ -126,7 +127,8 @@ def _gate_up_tile(
                     up = fma(up, up_s, up_b, there)
                 gate = fma(gate, s, gate_b, there)
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
-    target = out + pairs.to(tl.int64)[:, None] * SLICE + n[None, :]
+    out_rows = start + local if IN_ORDER else pairs
+    target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]
     mask = there[:, None] if SLICE % BLOCK_N == 0 else there[:, None] & (n < SLICE)[None, :]
     tl.store(target, value.to(out.dtype.element_ty), mask=mask)
 
@@ -166,8 +168,10 @@ def gate_up_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
     HALVES: tl.constexpr,
     HAS_RUNS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
@@ -177,14 +181,17 @@ def gate_up_tiles(
     """One program for each block of columns of each tile: ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
 
     ``RANK`` 0: no LoRA. ``HALVES``: tiles of at most half the rows are computed as such. ``HAS_RUNS``: the schedule has
-    runs. ``EARLY``: the kernel before is the shrink, so all but
-    ``shrunk`` is complete from the start.
+    runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order. ``EARLY``: the kernel before is the shrink, so
+    all but ``shrunk`` is complete from the start.
     """
     if not EARLY:
         wait_for_producer(PDL)
     release_consumer(PDL)
-    block, tile = tl.program_id(0), tl.program_id(1)
-    expert, start, count = load_tile(schedule, num_pairs, tile)
+    block, tile = place(SLICE, BLOCK_N, GROUP_TILES)
+    # as `load_tile`, but here: of what a called function loads to find where to store, ahead-of-time compilation cannot
+    # tell that it is only read
+    entry, stride = schedule + 2 * (num_pairs + 1) + tile, num_pairs + 1
+    expert, start, count = tl.load(entry), tl.load(entry + stride), tl.load(entry + 2 * stride)
     # all three in the condition, so that none of them is loaded after the others
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:
@@ -224,6 +231,7 @@ def gate_up_tiles(
                 BLOCK_N,
                 BLOCK_K,
                 HAS_RUNS,
+                IN_ORDER,
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
@@ -267,6 +275,7 @@ def gate_up_tiles(
                 BLOCK_N,
                 BLOCK_K,
                 HAS_RUNS,
+                IN_ORDER,
                 PRELOAD,
                 LORA_STAGES,
                 TMA,

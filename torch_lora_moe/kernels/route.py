@@ -113,10 +113,14 @@ def route_ranked(
     WIDE: tl.constexpr,
     K_POW2: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One launch: programs that place ``BLOCK_P`` pairs each, then programs that fill ``BLOCK_C`` tile columns each."""
+    """One launch: programs that place ``BLOCK_P`` pairs each, then programs that fill ``BLOCK_C`` tile columns each.
+
+    ``UNROLL`` blocks of ``BLOCK_T`` tokens are on their way at once.
+    """
     wait_for_producer(PDL)
     release_consumer(PDL)
     rankers = (num_pairs + BLOCK_P - 1) // BLOCK_P
@@ -135,28 +139,31 @@ def route_ranked(
         # added up once at the end: a sum over threads in each round would cost more than the comparisons
         smaller = tl.zeros([BLOCK_P, flat], tl.int32)
         all_known = tl.zeros([flat], tl.int32)
-        for start in range(0, num_tokens, BLOCK_T):
-            tokens = start + tl.arange(0, BLOCK_T)
-            pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
-            e = experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts)
-            s = tl.full([BLOCK_T], -1, tl.int32)
-            if HAS_MAPPING:
-                ids = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
-                on = tl.load(enabled + ids, mask=in_range(ids, max_loras), other=0) if HAS_ENABLED else 1
-                s = slots_of(ids, on, max_loras)
-            used = e < num_experts
-            keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
-            smaller += (tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32)
-            all_known += tl.reshape(used.to(tl.int32), [flat])
+        for start in range(0, num_tokens, BLOCK_T * UNROLL):
+            for part in tl.static_range(UNROLL):
+                tokens = start + part * BLOCK_T + tl.arange(0, BLOCK_T)
+                pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
+                e = experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts)
+                s = tl.full([BLOCK_T], -1, tl.int32)
+                if HAS_MAPPING:
+                    ids = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
+                    on = tl.load(enabled + ids, mask=in_range(ids, max_loras), other=0) if HAS_ENABLED else 1
+                    s = slots_of(ids, on, max_loras)
+                used = e < num_experts
+                keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
+                smaller += (tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32)
+                all_known += tl.reshape(used.to(tl.int32), [flat])
         rank, num_known = tl.sum(smaller, 1), tl.sum(all_known, 0)
         _write_pairs(schedule, rank, mine, experts, slots, known, num_pairs, num_experts)
         _fill_unused(schedule, mine, num_pairs, num_known, most_tiles)
     else:
         counts = tl.zeros([BINS], tl.int32)
-        for start in range(0, num_tokens, BLOCK_T):
-            pairs, exist = _token_pairs(start + tl.arange(0, BLOCK_T), num_tokens, top_k, K_POW2)
-            e = tl.reshape(experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts), [flat])
-            counts += tl.histogram(e, BINS, mask=e < num_experts)
+        for start in range(0, num_tokens, BLOCK_T * UNROLL):
+            for part in tl.static_range(UNROLL):
+                tokens = start + part * BLOCK_T + tl.arange(0, BLOCK_T)
+                pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
+                e = tl.reshape(experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts), [flat])
+                counts += tl.histogram(e, BINS, mask=e < num_experts)
         columns = (tl.program_id(0) - rankers) * BLOCK_C + tl.arange(0, BLOCK_C)
         _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
         if tl.program_id(0) == rankers:

@@ -137,12 +137,16 @@ def shrink_runs(
     SHARED: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     CLEAR: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (runs, blocks of A's rows, planes); the programs take turns where there are more runs than programs."""
+    """Grid (runs times ``PIECES``, blocks of A's rows, planes): ``PIECES`` programs share the rows of a run; they take
+    turns where there are more runs than programs. ``IN_ORDER``: the rows of ``x`` stand in the sorted order.
+    """
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     local = tl.arange(0, BLOCK_M)
@@ -166,16 +170,17 @@ def shrink_runs(
             BLOCK_M,
             BLOCK_R,
         )
-    run, used = tl.program_id(0), num_runs(schedule, num_pairs)
+    run, used = tl.program_id(0) // PIECES, num_runs(schedule, num_pairs)
     while run < used:
         virtual, first, count = load_run(schedule, num_pairs, run)
         weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
         a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
-        for piece in range(0, count, BLOCK_M):
+        for piece in range(tl.program_id(0) % PIECES * BLOCK_M, count, PIECES * BLOCK_M):
             there = piece + local < count
             pairs = tl.load(schedule + first + piece + local, mask=there, other=0)
+            x_rows = first + piece + local if IN_ORDER else pairs // pairs_per_row
             acc = _multiply(
-                x + (pairs // pairs_per_row).to(tl.int64)[:, None] * STRIDE_X,
+                x + x_rows.to(tl.int64)[:, None] * STRIDE_X,
                 there,
                 a_rows,
                 rows < ROWS,
@@ -189,7 +194,7 @@ def shrink_runs(
             )
             target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
             tl.store(target, acc, mask=there[:, None] & (rows[None, :] < ROWS))
-        run += tl.num_programs(0)
+        run += tl.num_programs(0) // PIECES
 
 
 @triton.jit(

@@ -42,6 +42,20 @@ def load_weight(
 
 
 @triton.jit
+def place(COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_TILES: tl.constexpr):
+    """The block of columns and the tile of a program: ``GROUP_TILES`` tiles go side by side through the columns."""
+    blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    if GROUP_TILES == 1:
+        return program % blocks, program // blocks
+    else:
+        first = program // (GROUP_TILES * blocks) * GROUP_TILES
+        size = tl.minimum(tl.num_programs(0) // blocks - first, GROUP_TILES)
+        inside = program - first * blocks
+        return inside // size, first + inside % size
+
+
+@triton.jit
 def load_tile(schedule, num_pairs, tile):
     """Expert, first sorted row and number of rows of a tile; all -1 for an unused one."""
     entry, stride = schedule + 2 * (num_pairs + 1) + tile, num_pairs + 1
@@ -173,6 +187,7 @@ def load_shrunk(
     else:
         source, mask = rows[:, None, None] + r[None, None, :], mine[:, :, None] & (r < RANK)[None, None, :]
     s = tl.load(source, mask=mask, other=0.0)
-    for plane in tl.static_range(1, NUM_PLANES):
+    # not unrolled: the planes' loads side by side would take the registers of the base product
+    for plane in tl.range(1, NUM_PLANES, num_stages=1, loop_unroll_factor=1):
         s += tl.load(source + plane * tl.cast(num_pairs, tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
     return tl.reshape(s.to(b.dtype.element_ty), [pairs.shape[0], GROUPS * BLOCK_R])
