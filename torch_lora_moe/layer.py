@@ -117,6 +117,14 @@ class TilePlan:
             "TMA": tma,
         }
 
+    def _fitted(self, config: TileConfig, block_n: int, rank: int, w: Tensor) -> TileConfig:
+        config = fitted(config, block_n, rank, w.element_size(), shared_memory(w.device))
+        # a grid of two dimensions has no room for more tiles
+        return config if self.tiles < 2**16 else replace(config, group_tiles=8)
+
+    def _grid(self, blocks: int, config: TileConfig) -> tuple[int, int, int]:
+        return (blocks, self.tiles, 1) if config.group_tiles == 1 else (blocks * self.tiles, 1, 1)
+
     def _product(self, w: Tensor, columns: int, rank: int) -> Product:
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
         size, slots = w.element_size(), max(1, self.max_loras)
@@ -126,7 +134,7 @@ class TilePlan:
         w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink
         rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
         config = gate_up_config(self._product(w, self.inner, rank), call.is_gated)
-        config = fitted(config, config.block_n * call.num_slices, rank, w.element_size(), shared_memory(w.device))
+        config = self._fitted(config, config.block_n * call.num_slices, rank, w)
         width = config.block_n * (2 if call.interleaved else 1)
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
         constants = {
@@ -142,7 +150,7 @@ class TilePlan:
             "EARLY": shrink is not None,
             "PDL": pdl,
         }
-        grid = (-(-self.inner // config.block_n) * self.tiles, 1, 1)
+        grid = self._grid(-(-self.inner // config.block_n), config)
         options = (config.num_warps, config.num_stages)
         matrices = {1: [width, config.block_k]} if tma else None
         return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
@@ -151,7 +159,7 @@ class TilePlan:
         w, b, shrink = call.w2, call.down_b, self.down_shrink
         rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
         config = down_config(self._product(w, self.hidden, rank))
-        config = fitted(config, config.block_n, rank, w.element_size(), shared_memory(w.device))
+        config = self._fitted(config, config.block_n, rank, w)
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
         even = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
         h_tma = tma and self.in_order and even
@@ -165,7 +173,7 @@ class TilePlan:
             "H_TMA": h_tma,
             "PDL": pdl,
         }
-        grid = (-(-self.hidden // config.block_n) * self.tiles, 1, 1)
+        grid = self._grid(-(-self.hidden // config.block_n), config)
         options = (config.num_warps, config.num_stages)
         matrices = {1: [config.block_n, config.block_k]} if tma else {}
         if h_tma:

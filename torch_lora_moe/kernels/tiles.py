@@ -43,12 +43,15 @@ def load_weight(
 
 @triton.jit
 def place(COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_TILES: tl.constexpr):
-    """The block of columns and the tile of a program: ``GROUP_TILES`` tiles go side by side through the columns."""
-    blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
+    """The block of columns and the tile of a program.
+
+    Grid (blocks, tiles); or of one dimension, where ``GROUP_TILES`` tiles go side by side through the columns.
+    """
     if GROUP_TILES == 1:
-        return program % blocks, program // blocks
+        return tl.program_id(0), tl.program_id(1)
     else:
+        blocks: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+        program = tl.program_id(0)
         first = program // (GROUP_TILES * blocks) * GROUP_TILES
         size = tl.minimum(tl.num_programs(0) // blocks - first, GROUP_TILES)
         inside = program - first * blocks
