@@ -60,9 +60,13 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     layer._PLANS.clear()
 
 
-def arguments(num_tokens: int, rank: int) -> FusedArguments:
-    """A layer of Qwen3-30B-A3B with a schedule, in memory that nothing reads."""
-    hidden, inner, experts, top_k, slots = 2048, 768, 128, 8, 8
+QWEN3 = (2048, 768, 128, 8)
+FEW_EXPERTS = (1024, 1024, 8, 2)
+
+
+def arguments(num_tokens: int, rank: int, sizes: tuple[int, int, int, int] = QWEN3) -> FusedArguments:
+    """A layer (of Qwen3-30B-A3B) with a schedule and 8 slots, in memory that nothing reads."""
+    (hidden, inner, experts, top_k), slots = sizes, 8
 
     def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(sizes, dtype=dtype)
@@ -100,6 +104,25 @@ def test_hopper(compiler: Compiler, num_tokens: int, rank: int) -> None:
         assert all("cp.async.bulk.tensor" in compiler.ptx[name] for name in products)
         assert all("wgmma.mma_async" in compiler.ptx[name] for name in products)
     assert all("griddepcontrol.wait" in ptx for ptx in compiler.ptx.values())
+
+
+@pytest.mark.parametrize("compiler", [80, 90], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "rank"), [(64, 16), (256, 128)])
+def test_planes(compiler: Compiler, num_tokens: int, rank: int) -> None:
+    """Few virtual experts: the shrinks leave planes to products whose steps of LoRA are on their way two at once."""
+    call = arguments(num_tokens, rank, FEW_EXPERTS)
+    plan = layer._plan(call)
+    plan(call)
+    assert plan.gate_up_shrink.planes > 1
+    assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
+
+
+@pytest.mark.parametrize("compiler", [80, 89, 90], indirect=True)
+def test_few_long_runs(compiler: Compiler) -> None:
+    """Shrinks with much on its way in each of their few programs."""
+    call = arguments(2048, 64, FEW_EXPERTS)
+    layer._plan(call)(call)
+    assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
 
 
 @pytest.mark.parametrize("compiler", [80, 89], indirect=True)

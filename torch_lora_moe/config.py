@@ -154,9 +154,10 @@ def layer_shrink_config(
         pieces = max(1, min(RUN_ROWS // block_m, per_run // block_m, 1024 // runs))
         if block_m == 64:
             # few programs have more on their way each; in tall tiles planes would take registers that nobody has
-            few = runs * pieces < 512
-            block_k = min(128, deep) if few else block_k
-            return LaunchConfig(block_m, block_n, block_k, 4 if few or block_n > 32 else 2, 4 if few else 3), 1, pieces
+            if runs * pieces < 512:
+                warps = 8 if block_n == 128 else 4
+                return LaunchConfig(block_m, block_n, min(128, deep), warps, 4), 1, pieces
+            return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), 1, pieces
         planes = max(1, min(8, inner // 256, 128 // (runs * pieces)))
         return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), planes, pieces
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:

@@ -189,8 +189,11 @@ def load_shrunk(
         source, mask = rows[:, None] + r[None, :], mine[:, None] & (r < RANK)[None, :]
     else:
         source, mask = rows[:, None, None] + r[None, None, :], mine[:, :, None] & (r < RANK)[None, None, :]
-    s = tl.load(source, mask=mask, other=0.0)
-    # not unrolled: the planes' loads side by side would take the registers of the base product
-    for plane in tl.range(1, NUM_PLANES, num_stages=1, loop_unroll_factor=1):
-        s += tl.load(source + plane * tl.cast(num_pairs, tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
+    if NUM_PLANES == 1:
+        s = tl.load(source, mask=mask, other=0.0)
+    else:
+        s = tl.zeros(mask.shape, tl.float32)
+        # a loop, from the first one on: planes side by side would take the registers of the base product
+        for plane in tl.range(0, NUM_PLANES, num_stages=1, loop_unroll_factor=1):
+            s += tl.load(source + plane * tl.cast(num_pairs, tl.int64) * (NUM_SLICES * RANK), mask=mask, other=0.0)
     return tl.reshape(s.to(b.dtype.element_ty), [pairs.shape[0], GROUPS * BLOCK_R])
