@@ -19,6 +19,7 @@ from torch_lora_moe.config import (
     down_config,
     expected_tiles,
     fitted,
+    fitted_shrink,
     gate_up_config,
     launch_config,
     layer_shrink_config,
@@ -136,6 +137,14 @@ def test_layer_shrinks_are_legal(num_pairs: int, outer: int, inner: int, has_run
     assert 1 <= planes <= max(1, inner // 256)
     assert has_runs or planes == pieces == 1
     assert pieces * chosen.block_m <= max(chosen.block_m, num_pairs // 64)
+
+
+def test_shrinks_fit() -> None:
+    wide, of_pairs = LaunchConfig(64, 128, 128, 8, 4), LaunchConfig(1, 16, 512, 4, 1)
+    assert fitted_shrink(wide, 2, 227 * 1024) == wide
+    assert [fitted_shrink(wide, 2, limit * 1024).num_stages for limit in (163, 99)] == [2, 1]
+    assert fitted_shrink(wide, 4, 227 * 1024) == LaunchConfig(64, 128, 32, 8, 4)
+    assert fitted_shrink(of_pairs, 4, 99 * 1024) == of_pairs
 
 
 def test_few_runs_are_split() -> None:

@@ -271,7 +271,7 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
     rows, columns, lora = product.rows, product.columns, _lora_steps(product)
     wide, deep = 1 if is_gated else 2, max(16, power_of_two(product.inner))
     if product.itemsize == 4:
-        return TileConfig(rows, _columns(columns, 32 * wide), min(32, deep), 4, 2)
+        return TileConfig(rows, _columns(columns, 32 * wide), min(32, deep), 4, 2, lora_columns=16)
     if rows == 16:
         block_n = _columns(columns, 64 * wide)
         # few programs are cut narrower, so that the last of them do not run alone
@@ -291,7 +291,7 @@ def down_config(product: Product) -> TileConfig:
     rows, columns, lora = product.rows, product.columns, _lora_steps(product)
     deep = max(16, power_of_two(product.inner))
     if product.itemsize == 4:
-        return TileConfig(rows, _columns(columns, 64), min(32, deep), 4, 2)
+        return TileConfig(rows, _columns(columns, 64 if rows < 128 else 32), min(32, deep), 4, 2, lora_columns=16)
     if rows == 16:
         block_n = _columns(columns, 128)
         if product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
@@ -316,6 +316,16 @@ def fitted(config: TileConfig, block_n: int, rank: int, itemsize: int, shared_me
     lora_stage = block_n * max(config.lora_columns, power_of_two(rank)) * itemsize
     lora_stages = max(1, min(config.lora_stages, (shared_memory - EPILOGUE_MEMORY) // lora_stage))
     return replace(config, num_stages=stages, lora_stages=lora_stages)
+
+
+def fitted_shrink(config: LaunchConfig, itemsize: int, shared_memory: int) -> LaunchConfig:
+    """``config`` of a shrink of elements of ``itemsize`` bytes, with as many stages as ``shared_memory`` bytes hold."""
+    if itemsize == 4 and config.block_m > 1:
+        # no tensor cores: a step of theirs would be as many instructions as it has products
+        config = replace(config, block_k=min(32, config.block_k))
+    stage = (config.block_m + config.block_n) * config.block_k * itemsize
+    stages = max(1, min(config.num_stages, (shared_memory - EPILOGUE_MEMORY) // stage))
+    return replace(config, num_stages=stages)
 
 
 @functools.cache

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import FusedArguments, like
 from torch_lora_moe.config import (
-    EPILOGUE_MEMORY,
     Product,
     TileConfig,
     down_config,
     expected_tiles,
     fitted,
+    fitted_shrink,
     gate_up_config,
     joined_shrink_blocks,
     layer_shrink_config,
@@ -54,9 +54,7 @@ class _Shrink:
         num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
         sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], x.shape[1], sorts)
         config, planes, pieces = layer_shrink_config(*sizes)
-        stage = (config.block_m + config.block_n) * config.block_k * x.element_size()
-        held = (shared_memory(x.device) - EPILOGUE_MEMORY) // stage
-        config = replace(config, num_stages=max(1, min(config.num_stages, held)))
+        config = fitted_shrink(config, x.element_size(), shared_memory(x.device))
         tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, None)
         how = {"config": config, "clear": False, "sorts": sorts, "in_order": in_order, "pieces": pieces}
         self.plan = ShrinkPlan(x, a, *tokens, num_experts, planes, **how)  # type: ignore[arg-type]
