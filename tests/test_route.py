@@ -121,3 +121,15 @@ class TestCache:
             match=r"routing_cache: holds .* \(pairs, experts, slots\) = \(34, 6, 3\), this call has \(6, 6, 3\)",
         ):
             make_inputs(Case(num_tokens=3)).run(routing_cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "sorts"),
+    [(1, 8, 8, False), (2, 8, 128, False), (6, 8, 128, True), (6, 8, 256, False), (7, 8, 256, True)],
+)
+def test_layers_go_pair_by_pair_where_few_pairs_share_an_expert(
+    tokens: int, top_k: int, experts: int, sorts: bool
+) -> None:
+    assert routing.layer_sorts(tokens, top_k, experts) is sorts
+    assert routing.layer_needs_schedule(tokens, top_k, experts, "cuda") is sorts
+    assert routing.layer_needs_schedule(tokens, top_k, experts, "cpu")

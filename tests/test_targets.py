@@ -117,6 +117,18 @@ def test_planes(compiler: Compiler, num_tokens: int, rank: int) -> None:
     assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
 
 
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.usefixtures("compiler")
+def test_no_grid_is_too_tall() -> None:
+    """A grid's second dimension ends at 65535; nothing is allocated here."""
+    x, ids = torch.empty(2**20, 64, device="meta"), torch.empty(2**20, 8, dtype=torch.int32, device="meta")
+    weights = (x.new_empty(8, 128, 64), x.new_empty(8, 64, 64), x.new_empty(ids.shape))
+    plan = layer._plan(FusedArguments(x, *weights, ids))
+    assert plan.tiles >= 2**16
+    assert all(max(launch.grid[1:]) < 2**16 for launch in (plan.gate_up, plan.down, plan.sum))
+    assert plan.gate_up.grid[0] % plan.tiles == plan.down.grid[0] % plan.tiles == 0
+
+
 @pytest.mark.parametrize("compiler", [80, 89, 90], indirect=True)
 def test_few_long_runs(compiler: Compiler) -> None:
     """Shrinks with much on its way in each of their few programs."""

@@ -303,7 +303,8 @@ def down_config(product: Product) -> TileConfig:
         return TileConfig(rows, block_n, min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
     if product.rank:
-        # two programs of a multiprocessor take turns at their steps of LoRA
+        # two programs of a multiprocessor take turns at their steps of LoRA; where the sum is long, those are rare, and
+        # one program with more on its way is quicker
         stages = 3 if product.inner < 4096 else 4
         return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, tma=True, group_tiles=group)
     return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)

@@ -44,8 +44,7 @@ def export_package(
 
     Raises:
         ValueError: the path has another ending, the module is in training mode, calls no op of this package, lies on
-            several devices, or is to have dynamic shapes on a GPU.
-        NotImplementedError: a parameter, buffer or input is neither on a CPU nor on a CUDA GPU.
+            several devices or on none of a CPU and a CUDA GPU, or is to have dynamic shapes on a GPU.
         torch._dynamo.exc.UserError: ``torch.export`` cannot export the module.
     """
     path = Path(path)
@@ -76,9 +75,7 @@ def _device(module: nn.Module, inputs: Any) -> torch.device:
         if not isinstance(tensor, Tensor):
             continue
         if tensor.device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(
-                f"{name}: is on {tensor.device}, packages can be exported for a CPU or a CUDA GPU only"
-            )
+            raise ValueError(f"{name}: is on {tensor.device}, packages can be exported for a CPU or a CUDA GPU only")
         found.setdefault(tensor.device, name)
     if len(found) > 1:
         (first, name), (second, other) = list(found.items())[:2]

@@ -161,8 +161,9 @@ class TilePlan:
         config = down_config(self._product(w, self.hidden, rank))
         config = self._fitted(config, config.block_n, rank, w)
         tma = config.tma and pdl and _is_matrix(w, config.block_k)
-        even = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
-        h_tma = tma and self.in_order and even
+        # what a tensor descriptor can stand for: at least one block, rows in steps of 16 bytes
+        is_matrix = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
+        h_tma = tma and self.in_order and is_matrix
         shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma)
         constants = {
             **_strides(w),

@@ -41,6 +41,9 @@ RUN_ROWS = 256
 # Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
 
+# Up to this many pairs a whole layer may go pair by pair too, if they hardly share an expert.
+FEW_PAIRS = 48
+
 RoutingCache = MutableMapping[str, Any]
 
 
@@ -82,7 +85,7 @@ def cuts_runs(num_pairs: int, num_virtual_experts: int) -> bool:
 def layer_sorts(num_tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor a few that hardly share an expert."""
     num_pairs = num_tokens * top_k
-    return num_tokens > 1 and (3 * num_pairs > num_experts or num_pairs > 48)
+    return num_tokens > 1 and (3 * num_pairs > num_experts or num_pairs > FEW_PAIRS)
 
 
 def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, device_type: str) -> bool:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch_lora_moe import (
     MoELoRA,
     build_lora_hooks,
+    config,
     fused_experts,
     launch,
     layer,
@@ -85,6 +86,17 @@ def check_by_adapter(layer: Layer) -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 150, 330, 3000])
 def test_tiles_of_every_height(tokens: int, rank: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     check_by_adapter(make_layer(tokens, rank=rank, hidden=sizes[0], inner=sizes[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("rank", [16, 100, 128])
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("tokens", [40, 256, 2000])
+def test_few_experts(tokens: int, slots: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrinks in planes or with shared runs, and tiles side by side as where L2 does not hold a weight."""
+    monkeypatch.setattr(config, "KEPT_IN_L2", 0)
+    layer._PLANS.clear()
+    check_by_adapter(make_layer(tokens, top_k=2, experts=8, slots=slots, rank=rank, hidden=1032, inner=1032))
+    layer._PLANS.clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 3000])

@@ -133,8 +133,10 @@ def test_tiles_side_by_side(sorts: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         assert product.grid[0] > plan.tiles == 13
 
 
-def test_few_long_runs() -> None:
-    """Programs share the rows of a run."""
+@pytest.mark.parametrize("programs", [1, 2048])
+def test_few_long_runs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs share the rows of a run, and take turns at more runs than there are programs for."""
+    monkeypatch.setattr(launch, "MOST_RUN_PROGRAMS", programs)
     layer._PLANS.clear()
     inputs = make_inputs(Case(num_tokens=300, num_experts=2, max_loras=1, mapping=(0,) * 300, intermediate_size=40))
     check_layer(inputs, run(inputs))
