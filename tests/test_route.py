@@ -92,9 +92,13 @@ def test_worked_example_of_the_docstring(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.ops.lora_moe.route(topk_ids, mapping, None, 2, 1).tolist() == expected
 
 
-@pytest.mark.parametrize("pairs", [0, 1, 17, 5000, 10**6])
-def test_tile_rows_fit_a_tensor_core(pairs: int) -> None:
-    assert routing.expert_tile_rows(pairs, 128) in (16, 32, 64, 128)
+@pytest.mark.parametrize("pairs", [0, 1, 17, 1920, 1921, 3840, 3841, 5000, 7680, 7681, 10**6])
+def test_tile_rows_fit_a_tensor_core_and_an_average_expert(pairs: int) -> None:
+    rows = routing.expert_tile_rows(pairs, 128)
+    assert rows in (16, 32, 64, 128)
+    average = pairs / 128
+    assert rows == 128 or average <= 15 / 16 * rows
+    assert rows == 16 or average > 15 / 16 * rows / 2
 
 
 class TestCache:

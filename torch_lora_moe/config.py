@@ -150,16 +150,17 @@ def layer_shrink_config(
         block_m = 64 if per_run >= 24 else 32 if per_run >= 12 else 16
         block_n = min(128 if block_m == 64 else 64, wide)
         block_k = min(128 if block_m == 16 else 64, deep)
+        warps = 2 if block_m > 16 and block_n <= 32 else 4
         runs = min(num_pairs, num_virtual_experts)
         pieces = max(1, min(RUN_ROWS // block_m, per_run // block_m, 1024 // runs))
         if block_m == 64:
             # few programs have more on their way each; in tall tiles planes would take registers that nobody has
             if runs * pieces < 512:
-                warps = 8 if block_n == 128 else 4
-                return LaunchConfig(block_m, block_n, min(128, deep), warps, 4), 1, pieces
-            return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), 1, pieces
+                most_warps = 8 if block_n == 128 else 4
+                return LaunchConfig(block_m, block_n, min(128, deep), most_warps, 4), 1, pieces
+            return LaunchConfig(block_m, block_n, block_k, warps, 3), 1, pieces
         planes = max(1, min(8, inner // 256, 128 // (runs * pieces)))
-        return LaunchConfig(block_m, block_n, block_k, 2 if block_n <= 32 else 4, 3), planes, pieces
+        return LaunchConfig(block_m, block_n, block_k, warps, 3), planes, pieces
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
         return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1, 1
     rows = 16
@@ -268,7 +269,7 @@ def expected_tiles(num_pairs: int, num_experts: int, rows: int) -> float:
 
 def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
     """The tile of the gate_up product."""
-    rows, columns, lora = product.rows, product.columns, _lora_steps(product)
+    rows, columns, lora = product.rows, product.columns, _lora_steps(product, 32)
     wide, deep = 1 if is_gated else 2, max(16, power_of_two(product.inner))
     if product.itemsize == 4:
         return TileConfig(rows, _columns(columns, 32 * wide), min(32, deep), 4, 2, lora_columns=16)
@@ -277,18 +278,22 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         # few programs are cut narrower, so that the last of them do not run alone
         if product.tiles * -(-columns // block_n) < 2 * FEW_PROGRAMS:
             block_n = _columns(columns, 32 * wide)
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
+        if lora[2] and product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
+            # all programs are on the GPU at once and have registers left
+            lora = (_capped(128, product), *lora[1:])
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora, tma=True)
     if rows == 32:
-        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 4, *lora)
+        # deep steps, so that their copies do not wait for the products of the step before
+        return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, 3, *lora, tma=True)
     if rows == 64:
-        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
+        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora, tma=True)
     group = _group_tiles(2 // wide * product.columns * product.inner * product.itemsize)
     return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)
 
 
 def down_config(product: Product) -> TileConfig:
     """The tile of the down product."""
-    rows, columns, lora = product.rows, product.columns, _lora_steps(product)
+    rows, columns, lora = product.rows, product.columns, _lora_steps(product, 64)
     deep = max(16, power_of_two(product.inner))
     if product.itemsize == 4:
         return TileConfig(rows, _columns(columns, 64 if rows < 128 else 32), min(32, deep), 4, 2, lora_columns=16)
@@ -296,11 +301,16 @@ def down_config(product: Product) -> TileConfig:
         block_n = _columns(columns, 128)
         if product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
             block_n = _columns(columns, 64)
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
-    if rows < 128:
-        preload = rows == 64 and product.rank <= 16
-        block_n = _columns(columns, 64 if rows == 64 and product.rank > 16 else 128)
-        return TileConfig(rows, block_n, min(64, deep), 4, 4 if preload else 3, *lora[:2], preload)
+        if block_n > 64 or product.rank > 32:
+            # so much of B in registers would leave room for fewer programs side by side
+            lora = (min(64, lora[0]), lora[1], False)
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora, tma=True)
+    if rows == 32:
+        block_k = min(128 if product.inner >= 2048 else 64, deep)
+        return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora, tma=True)
+    if rows == 64:
+        block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
+        return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora, tma=True)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
     if product.rank:
         # two programs of a multiprocessor take turns at their steps of LoRA; where the sum is long, those are rare, and
@@ -343,22 +353,26 @@ def _group_tiles(expert_bytes: int) -> int:
     return 1 if expert_bytes <= KEPT_IN_L2 else 8
 
 
-def _lora_steps(product: Product) -> tuple[int, int, bool]:
-    """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks."""
-    columns, stages, preload = _most_lora_steps(product)
-    # a tile with runs has at most one for each slot
-    return min(columns, _slot_columns(product) if product.has_runs else columns), stages, preload
+def _lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool]:
+    """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks.
+
+    Tiles of ``wide_rows`` rows have registers left for wide steps.
+    """
+    columns, stages, preload = _most_lora_steps(product, wide_rows)
+    return _capped(columns, product), stages, preload
 
 
-def _slot_columns(product: Product) -> int:
-    return max(16, power_of_two(product.slots) * max(8, power_of_two(product.rank)))
+def _capped(columns: int, product: Product) -> int:
+    """``columns`` or those of all slots if they are fewer: a tile with runs has at most one run for each slot."""
+    slots = power_of_two(product.slots) * max(8, power_of_two(product.rank))
+    return min(columns, max(16, slots)) if product.has_runs else columns
 
 
-def _most_lora_steps(product: Product) -> tuple[int, int, bool]:
+def _most_lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool]:
     # where few pairs share an expert, a tile has few slots
     few = product.rows == 16 and product.pairs < 1.5 * product.tiles
     if product.rank > 64 or (product.rank > 32 and not few):
         return 64, 2, False
     if product.rows > 16:
-        return (128 if product.rank > 16 and product.rows == 64 else 64), 1, False
+        return (128 if product.rows == wide_rows else 64), 1, False
     return (32 if few and product.rank <= 16 else 128), 1, True

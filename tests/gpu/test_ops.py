@@ -83,7 +83,7 @@ def check_by_adapter(layer: Layer) -> None:
 @pytest.mark.parametrize("sizes", [(256, 128), (200, 120), (100, 76)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [8, 24, 64, 128])
-@pytest.mark.parametrize("tokens", [1, 40, 150, 330, 3000])
+@pytest.mark.parametrize("tokens", [1, 40, 90, 150, 330, 3000])
 def test_tiles_of_every_height(tokens: int, rank: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     check_by_adapter(make_layer(tokens, rank=rank, hidden=sizes[0], inner=sizes[1], dtype=dtype))
 

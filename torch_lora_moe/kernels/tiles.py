@@ -68,14 +68,14 @@ def load_tile(schedule, num_pairs, tile):
 @triton.jit
 def slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr):
     """First and last (exclusive) number of the slots of a tile: of its runs, or without runs of its rows."""
+    # rows without LoRA come first: if the last one is such, all are
+    adapted = tl.load(schedule + num_pairs + start + count) >= 0
     if HAS_RUNS:
         run_ids = schedule + 8 * (num_pairs + 1) + start
         first, last = tl.load(run_ids), tl.load(run_ids + count - 1)
-        # rows without LoRA come first: if the last one is such, all are
-        adapted = tl.load(schedule + num_pairs + start + count) >= 0
         return first, tl.where(adapted, last + 1, first)
     else:
-        return 0, count
+        return 0, tl.where(adapted, count, 0)
 
 
 @triton.jit
