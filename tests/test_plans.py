@@ -1,4 +1,4 @@
-"""What stands for a weight in a launch: as Triton's own descriptor, in the installed version of Triton."""
+"""What stands for a weight in a launch: as Triton's own descriptor, in the installed version of Triton, and kept."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def test_descriptor_is_tritons_own() -> None:
     assert {name: vars(mine)[name] for name in asdict(own)} == {**vars(own)}
     assert set(vars(mine)) == set(vars(own))
     assert descriptor(weight, Address(640), [16, 32]).base.data_ptr() == 640
+
+
+def test_a_descriptor_is_kept_for_its_address() -> None:
+    from torch_lora_moe.plans import Plan
+
+    weight = torch.zeros(20, 64, dtype=torch.bfloat16)
+    plan = Plan(None, (1, 1, 1), {}, matrices={1: [16, 32], 3: [16, 64]})
+    first = plan._descriptor(1, weight, 640)
+    assert plan._descriptor(1, weight, 640) is first
+    assert plan._descriptor(3, weight, 640).block_shape == [16, 64]
+    assert plan._descriptor(1, weight, 1280).base.data_ptr() == 1280
+    assert plan._descriptor(1, weight, 640).base.data_ptr() == 640

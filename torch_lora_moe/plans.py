@@ -68,6 +68,7 @@ class Plan:
         if dependent:
             self.options["launch_pdl"] = True
         self.aligned, self.matrices = aligned, matrices or {}
+        self.descriptors: dict[int, SimpleNamespace] = {}
         self.compiled: Any = None
 
     def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
@@ -84,8 +85,8 @@ class Plan:
         if bits % 16:
             self._launch_with_triton(tensors, sizes)
             return
-        for index, block in self.matrices.items():
-            pointers[index] = descriptor(tensors[index], Address(pointers[index]), block)
+        for index in self.matrices:
+            pointers[index] = self._descriptor(index, tensors[index], pointers[index])
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
         # the call that Triton's own launch ends in, without the binding of arguments before it
         compiled.run(
@@ -100,6 +101,13 @@ class Plan:
             *sizes,
             *self.constants,
         )
+
+    def _descriptor(self, index: int, tensor: Tensor, pointer: int) -> SimpleNamespace:
+        """The descriptor of an argument, the one of the launch before where it stands at the same address."""
+        kept = self.descriptors.get(index)
+        if kept is None or kept.base.pointer != pointer:
+            kept = self.descriptors[index] = descriptor(tensor, Address(pointer), self.matrices[index])
+        return kept
 
     def _launch_with_triton(self, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
         """As Triton itself launches; the kernel is kept if the tensors are aligned. While traced, only noted."""

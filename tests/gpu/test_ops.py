@@ -113,6 +113,15 @@ def test_weights_that_start_anywhere(tokens: int) -> None:
     check_by_adapter(moved)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 90, 150, 3000])
+def test_layers_of_one_shape_take_turns(tokens: int) -> None:
+    """They share what a launch keeps, and each is computed from its own tensors."""
+    layers = [make_layer(tokens, seed=seed) for seed in (0, 1)]
+    for _ in range(3):
+        for mine in layers:
+            check_by_adapter(mine)
+
+
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("tokens", [12, 150, 600, 3000])
 def test_each_token_is_isolated_from_other_slots(tokens: int, rank: int) -> None:
