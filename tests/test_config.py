@@ -115,6 +115,7 @@ def test_tiles_are_legal_and_fit(product: Product) -> None:
         for tile, parts in ((gate_up_config(product, is_gated), 1 + is_gated), (down_config(product), 1)):
             assert legal(tile)
             assert tile.block_m == product.rows
+            assert tile.tma == (product.itemsize == 2)
             # little of the last block is wasted, and nothing is wider than it must be
             covered = -(-product.columns // tile.block_n) * tile.block_n
             assert covered <= max(1.125 * product.columns, product.columns + 31)
@@ -159,6 +160,13 @@ def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
 
     assert [columns(slots, True) for slots in (1, 3, 8, 64)] == [16, 64, 128, 128]
     assert columns(1, False) == 128
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_b_of_down_waits_in_few_registers(product: Product) -> None:
+    tile = down_config(product)
+    registers = tile.block_n * tile.lora_columns * product.itemsize // (4 * 32 * tile.num_warps)
+    assert not tile.lora_preload or registers <= 32
 
 
 def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
