@@ -115,7 +115,6 @@ def test_tiles_are_legal_and_fit(product: Product) -> None:
         for tile, parts in ((gate_up_config(product, is_gated), 1 + is_gated), (down_config(product), 1)):
             assert legal(tile)
             assert tile.block_m == product.rows
-            assert tile.tma == (product.itemsize == 2)
             # little of the last block is wasted, and nothing is wider than it must be
             covered = -(-product.columns // tile.block_n) * tile.block_n
             assert covered <= max(1.125 * product.columns, product.columns + 31)

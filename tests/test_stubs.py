@@ -134,6 +134,13 @@ class TestKernels:
         args = (inputs.topk_ids, inputs.token_lora_mapping, enabled, variant.num_experts, variant.max_loras)
         assert torch.equal(torch.ops.lora_moe.route(*args), cpu.route(*args))
 
+    @pytest.mark.parametrize("average", [11, 15, 22, 30, 43, 60])
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_tiles_as_high_as_in_python(self, average: int, more: int) -> None:
+        ids = torch.randint(0, 4, (4 * average + more, 1), generator=torch.Generator().manual_seed(average))
+        args = (ids, None, None, 4, 0)
+        assert torch.equal(torch.ops.lora_moe.route(*args), cpu.route(*args))
+
     @pytest.mark.parametrize("split_k", [1, 3, 64])
     def test_shrink_and_expand(self, split_k: int) -> None:
         inputs = make_inputs(Case(hidden_size=70))

@@ -156,8 +156,7 @@ def layer_shrink_config(
         if block_m == 64:
             # few programs have more on their way each; in tall tiles planes would take registers that nobody has
             if runs * pieces < 512:
-                most_warps = 8 if block_n == 128 else 4
-                return LaunchConfig(block_m, block_n, min(128, deep), most_warps, 4), 1, pieces
+                return LaunchConfig(block_m, block_n, min(128, deep), 8 if block_n == 128 else 4, 4), 1, pieces
             return LaunchConfig(block_m, block_n, block_k, warps, 3), 1, pieces
         planes = max(1, min(8, inner // 256, 128 // (runs * pieces)))
         return LaunchConfig(block_m, block_n, block_k, warps, 3), planes, pieces
@@ -194,9 +193,8 @@ class TileConfig:
     """How an expert product is cut: ``block_m`` pairs by ``block_n`` output columns (of each slice), ``block_k`` deep.
 
     ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
-    at once, and with ``lora_preload`` B of the first one before the base product; ``tma``: weights, and what stands in
-    the sorted order, come through tensor descriptors where the GPU has them and the memory allows it. ``group_tiles``
-    go side by side through the columns.
+    at once, and with ``lora_preload`` B of the first one before the base product. ``group_tiles`` go side by side
+    through the columns.
     """
 
     block_m: int
@@ -207,7 +205,6 @@ class TileConfig:
     lora_columns: int = 64
     lora_stages: int = 1
     lora_preload: bool = False
-    tma: bool = False
     group_tiles: int = 1
 
 
@@ -263,7 +260,7 @@ def _columns(size: int, most: int) -> int:
 
 
 def expected_tiles(num_pairs: int, num_experts: int, rows: int) -> float:
-    """Expert tiles of a batch whose pairs fall on experts at random."""
+    """Expert tiles of a batch whose pairs fall on experts at random, without the second ones of some experts."""
     return max(num_experts * (1 - math.exp(-num_pairs / num_experts)), num_pairs / rows)
 
 
@@ -281,14 +278,14 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         if lora[2] and product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
             # all programs are on the GPU at once and have registers left
             lora = (_capped(128, product), *lora[1:])
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora, tma=True)
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
-        # deep steps, so that their copies do not wait for the products of the step before
-        return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, 3, *lora, tma=True)
+        # deep steps: half as many turns, and so barriers, for the same bytes
+        return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, 3, *lora)
     if rows == 64:
-        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora, tma=True)
+        return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
     group = _group_tiles(2 // wide * product.columns * product.inner * product.itemsize)
-    return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)
+    return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, group_tiles=group)
 
 
 def down_config(product: Product) -> TileConfig:
@@ -304,20 +301,20 @@ def down_config(product: Product) -> TileConfig:
         if block_n > 64 or product.rank > 32:
             # so much of B in registers would leave room for fewer programs side by side
             lora = (min(64, lora[0]), lora[1], False)
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora, tma=True)
+        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
         block_k = min(128 if product.inner >= 2048 else 64, deep)
-        return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora, tma=True)
+        return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora)
     if rows == 64:
         block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
-        return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora, tma=True)
+        return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
     if product.rank:
         # two programs of a multiprocessor take turns at their steps of LoRA; where the sum is long, those are rare, and
         # one program with more on its way is quicker
         stages = 3 if product.inner < 4096 else 4
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, tma=True, group_tiles=group)
-    return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, tma=True, group_tiles=group)
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, group_tiles=group)
+    return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, group_tiles=group)
 
 
 def fitted(config: TileConfig, block_n: int, rank: int, itemsize: int, shared_memory: int) -> TileConfig:

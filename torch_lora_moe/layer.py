@@ -41,8 +41,13 @@ def _strides(w: Tensor) -> dict[str, Any]:
 
 
 def _is_matrix(w: Tensor, block_k: int) -> bool:
-    """Whether a tensor descriptor can stand for a weight: rows in steps of 16 bytes, experts one behind the other."""
+    """Whether a tensor descriptor can stand for a weight: rows in steps of 16 bytes, experts one behind the other.
+
+    fp32, which no tensor core multiplies here, comes through pointers.
+    """
     size = w.element_size()
+    if size != 2:
+        return False
     whole = w.stride(2) == 1 and w.stride(0) == w.shape[1] * w.stride(1) and w.stride(1) * size % 16 == 0
     return whole and w.data_ptr() % 16 == 0 and w.shape[2] >= block_k and w.shape[0] * w.shape[1] < 2**31
 
@@ -136,7 +141,7 @@ class TilePlan:
         config = gate_up_config(self._product(w, self.inner, rank), call.is_gated)
         config = self._fitted(config, config.block_n * call.num_slices, rank, w)
         width = config.block_n * (2 if call.interleaved else 1)
-        tma = config.tma and pdl and _is_matrix(w, config.block_k)
+        tma = pdl and _is_matrix(w, config.block_k)
         constants = {
             "STRIDE_X": call.hidden_states.stride(0),
             **_strides(w),
@@ -160,7 +165,7 @@ class TilePlan:
         rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
         config = down_config(self._product(w, self.hidden, rank))
         config = self._fitted(config, config.block_n, rank, w)
-        tma = config.tma and pdl and _is_matrix(w, config.block_k)
+        tma = pdl and _is_matrix(w, config.block_k)
         # what a tensor descriptor can stand for: at least one block, rows in steps of 16 bytes
         is_matrix = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
         h_tma = tma and self.in_order and is_matrix
