@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from torch_lora_moe import launch, layer, plans, routing  # noqa: E402
 from torch_lora_moe.checks import FusedArguments  # noqa: E402
+from torch_lora_moe.config import LaunchConfig  # noqa: E402
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 # compute capability: bytes of shared memory that one program may have
@@ -29,6 +31,7 @@ class Compiler:
         self.target = GPUTarget("cuda", capability, 32)
         self.shared: dict[str, int] = {}
         self.ptx: dict[str, str] = {}
+        self.parameters: dict[str, list[str]] = {}
 
     def __call__(self, plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
         names = plan.kernel.arg_names
@@ -45,6 +48,30 @@ class Compiler:
         name = plan.kernel.__name__
         self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
         self.ptx[name] = compiled.asm["ptx"]
+        # a descriptor is followed by its two sizes and two strides
+        self.parameters[name] = [names[i] for i in range(len(types)) for _ in range(5 if i in plan.matrices else 1)]
+
+    def first_read(self, kernel: str, parameter: str) -> int:
+        """Where in a kernel's code it first reads what a pointer of its parameters points into."""
+        lines = self.ptx[kernel].splitlines()
+        # registers that hold addresses made from the parameter
+        made = {f"{kernel}_param_{self.parameters[kernel].index(parameter)}]"}
+
+        def uses(line: str) -> bool:
+            return any(word in made for word in re.findall(r"%rd\d+|\w+_param_\d+\]", line))
+
+        before = 0
+        while before < len(made):
+            before = len(made)
+            for line in lines:
+                target = re.match(r"\s*(?:@!?%p\d+ )?[\w.]+\s+(%rd\d+), (.*);", line)
+                if target and "ld.global" not in line and uses(target[2]):
+                    made.add(target[1])
+        return next(i for i, line in enumerate(lines) if re.search(r"ld\.global|cp\.async\.c[ag]", line) and uses(line))
+
+    def first_wait(self, kernel: str) -> int:
+        """Where in a kernel's code it first waits for the kernel before."""
+        return next(i for i, line in enumerate(self.ptx[kernel].splitlines()) if "griddepcontrol.wait" in line)
 
 
 @pytest.fixture
@@ -107,6 +134,43 @@ def test_hopper(compiler: Compiler, num_tokens: int, rank: int) -> None:
         # tall tiles in Hopper's own matrix instructions
         assert all("wgmma.mma_async" in compiler.ptx[name] for name in products)
     assert all("griddepcontrol.wait" in ptx for ptx in compiler.ptx.values())
+
+
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "rank"), [(1, 16), (8, 16), (128, 64), (256, 128), (512, 16), (4096, 64)])
+def test_rank_vectors_are_waited_for(compiler: Compiler, num_tokens: int, rank: int) -> None:
+    """The kernel before may still make them: a compiler that loads ahead must not load ahead of the wait."""
+    call = arguments(num_tokens, rank)
+    layer._plan(call)(call)
+    readers = {"gate_up_pairs"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
+    assert all(compiler.first_read(name, "shrunk") > compiler.first_wait(name) for name in readers)
+    # what these read early is there from the start
+    assert all(
+        compiler.first_read(name, "w" if num_tokens == 1 else "schedule") < compiler.first_wait(name)
+        for name in readers
+    )
+    shrinks = [name for name in compiler.ptx if name.startswith("shrink")]
+    assert shrinks
+    assert all(compiler.first_read(name, "x") > compiler.first_wait(name) for name in shrinks)
+
+
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "rank"), [(1, 16), (512, 16), (4096, 16), (4096, 64)])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_expand_waits_for_its_shrink(compiler: Compiler, num_tokens: int, rank: int, num_stages: int) -> None:
+    call = arguments(num_tokens, rank)
+    num_pairs, slices = call.topk_ids.numel(), 2
+    sorts = routing.lora_sorts(num_pairs, call.w13.shape[0] * 8)
+    config = LaunchConfig(16, 128, min(64, rank), 2, num_stages) if sorts else None
+    output = call.hidden_states.new_empty(*call.topk_ids.shape, call.w13.shape[1])
+    tensors = (output, call.hidden_states, call.gate_up_a, call.gate_up_b, call.topk_ids, call.token_lora_mapping)
+    optional = (None, call.schedule, None)
+    plan = launch.AddPlan(*tensors, *optional, slices, expand_config=config)  # type: ignore[arg-type]
+    plan(*tensors, *optional)  # type: ignore[arg-type]
+    name = "expand_runs" if sorts else "expand_pairs"
+    assert compiler.first_read(name, "shrunk") > compiler.first_wait(name)
+    if sorts:
+        assert compiler.first_read(name, "b") < compiler.first_wait(name)
 
 
 @pytest.mark.parametrize("compiler", [80, 90], indirect=True)

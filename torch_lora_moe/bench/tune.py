@@ -50,9 +50,9 @@ def candidates(kernel: str, outer: int, inner: int) -> Iterator[LaunchConfig]:
             if n * deep <= 16384 and n <= wide:
                 yield LaunchConfig(1, n, 0, warps, 1)
     else:
-        for m, n, warps, stages in itertools.product((16, 32), (64, 128, 256), (1, 2, 4), (1, 3)):
+        for m, n, warps in itertools.product((16, 32), (64, 128, 256), (1, 2, 4)):
             if n <= wide and 2048 <= m * n <= 4096:
-                yield LaunchConfig(m, n, min(64, deep), warps, stages)
+                yield LaunchConfig(m, n, min(64, deep), warps, 1)
 
 
 class Job:

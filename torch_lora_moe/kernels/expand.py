@@ -142,7 +142,8 @@ def expand_runs(
         b_rows = b + (weight * NUM_SLICES + part) * (SLICE * RANK) + within[:, None] * RANK
         if RANK <= BLOCK_R:
             right = _load_b(b_rows, tl.arange(0, BLOCK_R), inside, RANK)
-        for piece in range(0, count, BLOCK_M):
+        # no loads ahead of their turn: those of the first turn would be of rank vectors that nobody has waited for
+        for piece in tl.range(0, count, BLOCK_M, num_stages=1):
             there = piece + local < count
             pairs = tl.load(schedule + first + piece + local, mask=there, other=0)
             rows = pairs.to(tl.int64)
