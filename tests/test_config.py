@@ -23,8 +23,10 @@ from torch_lora_moe.config import (
     gate_up_config,
     launch_config,
     layer_shrink_config,
+    run_pieces,
     vector_config,
 )
+from torch_lora_moe.routing import RUN_ROWS
 
 CPU = torch.device("cpu")
 TABLES = sorted((Path(torch_lora_moe.__file__).parent / "configs").glob("*.json"))
@@ -136,7 +138,23 @@ def test_layer_shrinks_are_legal(num_pairs: int, outer: int, inner: int, has_run
     assert all(map(is_power_of_two, (chosen.block_m, chosen.block_n, chosen.block_k, chosen.num_warps)))
     assert 1 <= planes <= max(1, inner // 256)
     assert has_runs or planes == pieces == 1
-    assert pieces * chosen.block_m <= max(chosen.block_m, num_pairs // 64)
+    assert 1 <= pieces <= max(1, RUN_ROWS // chosen.block_m)
+    # what was tuned on Hopper is not cut down there
+    assert fitted_shrink(chosen, 2, 227 * 1024) == chosen
+
+
+@pytest.mark.parametrize("num_virtual_experts", [8, 128, 1024])
+@pytest.mark.parametrize("per_run", [0.25, 1, 6, 8, 16, 40, 64, 128, 1000])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_pieces_hold_nearly_all_runs(num_virtual_experts: int, per_run: float, block_m: int) -> None:
+    num_pairs = int(num_virtual_experts * per_run)
+    pieces = run_pieces(num_pairs, num_virtual_experts, block_m)
+    random = torch.Generator().manual_seed(0)
+    owners = torch.randint(num_virtual_experts, (num_pairs,), generator=random)
+    rows = owners.bincount(minlength=num_virtual_experts).clamp(max=RUN_ROWS)
+    assert (rows > pieces * block_m).float().mean() < 0.02
+    # none of them is there for runs that do not occur even among many
+    assert pieces == 1 or num_virtual_experts < 1024 or (rows > (pieces - 1) * block_m).any()
 
 
 def test_shrinks_fit() -> None:
@@ -151,6 +169,31 @@ def test_few_runs_are_split() -> None:
     assert layer_shrink_config(4096, 8, 32, 4096, True)[1:] == (1, 4)
     assert layer_shrink_config(64, 8, 32, 4096, True)[1] > 1
     assert layer_shrink_config(4096, 1024, 32, 4096, True)[1:] == (1, 1)
+
+
+def test_a_shrink_has_as_much_on_its_way_as_leaves_room_for_all_programs() -> None:
+    def step(num_pairs: int, num_virtual_experts: int) -> tuple[int, int]:
+        config = layer_shrink_config(num_pairs, num_virtual_experts, 32, 2048, True)[0]
+        return config.block_k, config.num_stages
+
+    assert (step(4096, 64), step(16384, 256), step(65536, 1024)) == ((128, 4), (64, 4), (64, 3))
+
+
+def test_only_a_tile_without_lora_takes_its_weight_in_deeper_steps() -> None:
+    def block_k(pairs: int, rank: int, inner: int) -> int:
+        tiles = min(pairs, 128)
+        return gate_up_config(Product(pairs, 16, tiles, 768, inner, 2, rank, rank > 0, 8), True).block_k
+
+    assert [block_k(256, rank, 2048) for rank in (0, 16)] == [256, 128]
+    assert block_k(256, 0, 100) == 128
+
+
+def test_one_program_of_a_multiprocessor_takes_long_sums() -> None:
+    def tile(inner: int, rank: int) -> tuple[int, int]:
+        config = down_config(Product(32768, 128, 300.0, 2048, inner, 2, rank, rank > 0, 8))
+        return config.block_n, config.num_warps
+
+    assert [tile(inner, rank) for inner in (768, 14336) for rank in (0, 16)] == [(128, 4), (128, 4), (256, 8), (128, 4)]
 
 
 def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:

@@ -22,6 +22,9 @@ from torch_lora_moe.routing import RUN_ROWS
 FEW_PROGRAMS = 1024
 # Shared memory that a tile needs beside its stages, to turn its result around.
 EPILOGUE_MEMORY = 32 * 1024
+# Multiprocessors of a large GPU, and what of the shared memory of each its programs can use.
+MULTIPROCESSORS = 132
+PROGRAM_MEMORY = 220 * 1024
 # An expert's weight up to this size stays in L2 (40 to 60 MB on large GPUs) from one of its tiles to the next.
 KEPT_IN_L2 = 40 * 2**20
 # Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
@@ -146,26 +149,51 @@ def layer_shrink_config(
     """
     deep, wide = max(16, power_of_two(inner)), max(16, power_of_two(outer))
     if has_runs:
-        per_run = num_pairs // num_virtual_experts
-        block_m = 64 if per_run >= 24 else 32 if per_run >= 12 else 16
-        block_n = min(128 if block_m == 64 else 64, wide)
-        block_k = min(128 if block_m == 16 else 64, deep)
-        warps = 2 if block_m > 16 and block_n <= 32 else 4
-        runs = min(num_pairs, num_virtual_experts)
-        pieces = max(1, min(RUN_ROWS // block_m, per_run // block_m, 1024 // runs))
-        if block_m == 64:
-            # few programs have more on their way each; in tall tiles planes would take registers that nobody has
-            if runs * pieces < 512:
-                return LaunchConfig(block_m, block_n, min(128, deep), 8 if block_n == 128 else 4, 4), 1, pieces
-            return LaunchConfig(block_m, block_n, block_k, warps, 3), 1, pieces
-        planes = max(1, min(8, inner // 256, 128 // (runs * pieces)))
-        return LaunchConfig(block_m, block_n, block_k, warps, 3), planes, pieces
+        return _layer_shrink_runs(num_pairs, num_virtual_experts, outer, inner)
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
         return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1, 1
     rows = 16
     while rows > 4 and num_pairs * -(-outer // rows) < 256:
         rows //= 2
     return LaunchConfig(1, min(rows, power_of_two(outer)), min(512, deep), 4, 1), 1, 1
+
+
+def _layer_shrink_runs(
+    num_pairs: int, num_virtual_experts: int, outer: int, inner: int
+) -> tuple[LaunchConfig, int, int]:
+    """As `layer_shrink_config`, of sorted pairs."""
+    deep, wide = max(16, power_of_two(inner)), max(16, power_of_two(outer))
+    per_run, runs = num_pairs / num_virtual_experts, min(num_pairs, num_virtual_experts)
+    if per_run <= 18 and (per_run < 16 or wide < 128):
+        block_m, block_n = 16, min(128 if per_run >= 4 else 64, wide)
+    elif per_run < 28 and wide < 128 and runs > 64:
+        block_m, block_n = 32, wide
+    else:
+        block_m, block_n = 64, min(128, wide)
+    pieces = run_pieces(num_pairs, num_virtual_experts, block_m)
+    # pieces with rows, of which the last one of a run is half full, and runs that a multiple of RUN_ROWS cuts in two
+    programs = num_pairs / block_m + runs / 2 + num_pairs / RUN_ROWS
+    if block_m == 64:
+        # as much on its way as leaves room for all programs at once
+        step = (block_m + block_n) * min(64, deep) * 2
+        for block_k, stages in ((128, 4), (64, 4)):
+            if programs <= MULTIPROCESSORS * (PROGRAM_MEMORY // (step * stages * block_k // 64)):
+                return LaunchConfig(block_m, block_n, min(block_k, deep), 4, stages), 1, pieces
+        return LaunchConfig(block_m, block_n, min(64, deep), 4, 3), 1, pieces
+    # many programs leave each of them little shared memory
+    many = pieces > 1 and programs >= (1024 if block_m == 16 else 1536)
+    block_k = 64 if many and inner >= 2048 and block_n <= 64 else 128
+    warps = 2 if block_n <= 32 and inner <= 2048 else 4
+    planes = max(1, min(8, inner // 256, 256 // (runs * pieces))) if block_m == 16 else 1
+    return LaunchConfig(block_m, block_n, min(block_k, deep), warps, 3), planes, pieces
+
+
+def run_pieces(num_pairs: int, num_virtual_experts: int, block_m: int) -> int:
+    """Programs that share the rows of a run, ``block_m`` of them at a time: for nearly all runs of a random batch one
+    time each. Those of a run of fewer rows have nothing to do.
+    """
+    rows = min(num_pairs / max(num_virtual_experts, 1), RUN_ROWS)
+    return max(1, min(RUN_ROWS // block_m, math.ceil((rows + 3 * math.sqrt(rows)) / block_m)))
 
 
 @dataclass(frozen=True)
@@ -278,7 +306,9 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         if lora[2] and product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
             # all programs are on the GPU at once and have registers left
             lora = (_capped(128, product), *lora[1:])
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
+        # longer pieces of each row reach memory faster; steps of LoRA need other programs beside theirs
+        block_k = 128 if product.rank or block_n > 32 * wide else 256
+        return TileConfig(rows, block_n, min(block_k, deep), 4, 3, *lora)
     if rows == 32:
         # deep steps: half as many turns, and so barriers, for the same bytes
         return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, 3, *lora)
@@ -309,11 +339,12 @@ def down_config(product: Product) -> TileConfig:
         block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
         return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
+    if product.inner < 4096:
+        # two programs of a multiprocessor take turns at their ends and at their steps of LoRA
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 3, *lora, group_tiles=group)
+    # where the sum is long, those are rare, and one program with more on its way is quicker
     if product.rank:
-        # two programs of a multiprocessor take turns at their steps of LoRA; where the sum is long, those are rare, and
-        # one program with more on its way is quicker
-        stages = 3 if product.inner < 4096 else 4
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, group_tiles=group)
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 4, *lora, group_tiles=group)
     return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, group_tiles=group)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
-from torch_lora_moe.config import LaunchConfig, launch_config, power_of_two, shrink_planes
+from torch_lora_moe.config import LaunchConfig, launch_config, power_of_two, run_pieces, shrink_planes
 from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.kernels import route as route_kernels
 from torch_lora_moe.plans import Plan, new_plans, on_device, overlaps, remember
@@ -80,19 +80,24 @@ class RoutePlan:
             constants = {**common, "WIDE": wide, **blocks}
             self.launches = [Plan(route_kernels.route_ranked, grid, constants, dependent=pdl)]
             return
-        self.chunk = 256 if num_pairs <= 65536 else 512
+        self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 65536 else 512
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
         slots = max(32, power_of_two(max_loras + 1))
         order = {"HAS_ENABLED": flagged, "PDL": pdl, "BINS": slots, "CHUNK": 64, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
-        rows = max(1, min(64, 8192 // bins))
+        rows = max(1, min(64, 4096 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
+        warps = 4 if self.chunk == 128 else 8
         self.launches = [
             Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
             Plan(
-                route_kernels.scatter_pairs, (self.num_chunks + -(-most_tiles // columns), 1, 1), scatter, (4, 1), pdl
+                route_kernels.scatter_pairs,
+                (self.num_chunks + -(-most_tiles // columns), 1, 1),
+                scatter,
+                (warps, 1),
+                pdl,
             ),
         ]
 
@@ -179,7 +184,7 @@ class ShrinkPlan:
         clear: bool = True,
         sorts: bool | None = None,
         in_order: bool = False,
-        pieces: int = 1,
+        pieces: int | None = None,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
@@ -201,6 +206,8 @@ class ShrinkPlan:
             "SHARED": experts == 1 and num_experts > 1,
             "HAS_ENABLED": adapter_enabled is not None,
         }
+        if pieces is None:
+            pieces = run_pieces(num_pairs, num_experts * max_loras, config.block_m) if self.sorts else 1
         if self.sorts:
             constants |= {"CLEAR": clear, "IN_ORDER": in_order, "PIECES": pieces, "BLOCK_M": config.block_m}
         constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}

@@ -276,13 +276,15 @@ def scatter_pairs(
     release_consumer(PDL)
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    before = tl.zeros([BINS], tl.int32)
-    counts = tl.zeros([BINS], tl.int32)
+    # added up once at the end: a sum over threads in each round would cost more than the loads
+    of_before = tl.zeros([BLOCK_H, BINS], tl.int32)
+    of_all = tl.zeros([BLOCK_H, BINS], tl.int32)
     for start in range(0, num_chunks, BLOCK_H):
         rows = start + tl.arange(0, BLOCK_H)
         part = tl.load(histograms + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
-        counts += tl.sum(part, 0)
-        before += tl.sum(tl.where(rows[:, None] < chunk, part, 0), 0)
+        of_all += part
+        of_before += tl.where(rows[:, None] < chunk, part, 0)
+    before, counts = tl.sum(of_before, 0), tl.sum(of_all, 0)
     if chunk >= num_chunks:
         columns = (chunk - num_chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
         _write_tiles(schedule, columns, columns < most_tiles, num_pairs, counts, BINS, TILE_ROWS)
