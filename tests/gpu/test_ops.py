@@ -262,6 +262,25 @@ def test_runs_are_bit_identical(sorts: bool) -> None:
     assert all(torch.equal(fused_experts(*args), first) for _ in range(5))
 
 
+@pytest.mark.parametrize(("tokens", "rank"), [(600, 16), (4096, 16), (4096, 64)])
+def test_lora_add_is_its_two_halves(tokens: int, rank: int) -> None:
+    """The expand starts before its shrink has ended, here in sizes that fill the GPU more than once."""
+    layer = make_layer(tokens, 8, 128, 8, rank, 2048, 768)
+    a, b, routed = layer.lora.gate_up_a, layer.lora.gate_up_b, (layer.ids, layer.mapping, None)
+    assert a is not None
+    assert b is not None
+    schedule = ops.route(*routed, 128, 8)
+    before = torch.randn(tokens, 8, b.shape[2], device="cuda").to(b.dtype)
+    apart, planes = before.clone(), config.shrink_planes(8 * tokens, 2048, True)
+    shrunk = ops.lora_shrink(layer.x, a, *routed, schedule, 128, planes)
+    torch.cuda.synchronize()
+    ops.lora_expand_add_(apart, shrunk, b, *routed, schedule, None, 128, 2)
+    for _ in range(10):
+        output = before.clone()
+        ops.lora_add_(output, layer.x, a, b, *routed, schedule, None, 2)
+        assert torch.equal(output, apart)
+
+
 @pytest.mark.parametrize("tokens", [4, 700])
 def test_offsets_beyond_int32(tokens: int) -> None:
     """More than 2**31 elements in one stack of matrices; the last slot and expert are used."""
