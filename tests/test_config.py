@@ -188,12 +188,13 @@ def test_only_a_tile_without_lora_takes_its_weight_in_deeper_steps() -> None:
     assert block_k(256, 0, 100) == 128
 
 
-def test_one_program_of_a_multiprocessor_takes_long_sums() -> None:
+def test_two_programs_of_a_multiprocessor_take_turns_at_short_sums_and_at_lora() -> None:
     def tile(inner: int, rank: int) -> tuple[int, int]:
         config = down_config(Product(32768, 128, 300.0, 2048, inner, 2, rank, rank > 0, 8))
         return config.block_n, config.num_warps
 
-    assert [tile(inner, rank) for inner in (768, 14336) for rank in (0, 16)] == [(128, 4), (128, 4), (256, 8), (128, 4)]
+    assert [tile(inner, 0) for inner in (256, 768, 14336)] == [(128, 4), (256, 8), (256, 8)]
+    assert {tile(inner, 16) for inner in (256, 768, 14336)} == {(128, 4)}
 
 
 def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:

@@ -339,12 +339,11 @@ def down_config(product: Product) -> TileConfig:
         block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
         return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
-    if product.inner < 4096:
-        # two programs of a multiprocessor take turns at their ends and at their steps of LoRA
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 3, *lora, group_tiles=group)
-    # where the sum is long, those are rare, and one program with more on its way is quicker
-    if product.rank:
-        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, 4, *lora, group_tiles=group)
+    if product.rank or product.inner < 512:
+        # two programs of a multiprocessor take turns at their ends and at their steps of LoRA; where the sum is long,
+        # those are rare, and one program with more on its way is quicker
+        stages = 3 if product.inner < 4096 else 4
+        return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, group_tiles=group)
     return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, group_tiles=group)
 
 
