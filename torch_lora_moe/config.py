@@ -178,13 +178,14 @@ def _layer_shrink_runs(
         step = (block_m + block_n) * min(64, deep) * 2
         for block_k, stages in ((128, 4), (64, 4)):
             if programs <= MULTIPROCESSORS * (PROGRAM_MEMORY // (step * stages * block_k // 64)):
-                return LaunchConfig(block_m, block_n, min(block_k, deep), 4, stages), 1, pieces
+                warps = 8 if block_n * block_k == 128 * 128 else 4
+                return LaunchConfig(block_m, block_n, min(block_k, deep), warps, stages), 1, pieces
         return LaunchConfig(block_m, block_n, min(64, deep), 4, 3), 1, pieces
     # many programs leave each of them little shared memory
     many = pieces > 1 and programs >= (1024 if block_m == 16 else 1536)
     block_k = 64 if many and inner >= 2048 and block_n <= 64 else 128
     warps = 2 if block_n <= 32 and inner <= 2048 else 4
-    planes = max(1, min(8, inner // 256, 256 // (runs * pieces))) if block_m == 16 else 1
+    planes = max(1, min(8, inner // 256, 128 // runs)) if block_m == 16 else 1
     return LaunchConfig(block_m, block_n, min(block_k, deep), warps, 3), planes, pieces
 
 
