@@ -31,3 +31,17 @@ def test_a_descriptor_is_kept_for_its_address() -> None:
     assert plan._descriptor(3, weight, 640).block_shape == [16, 64]
     assert plan._descriptor(1, weight, 1280).base.data_ptr() == 1280
     assert plan._descriptor(1, weight, 640).base.data_ptr() == 640
+
+
+def test_programs_share_the_rows_of_long_runs() -> None:
+    from torch_lora_moe.config import LaunchConfig, run_pieces
+    from torch_lora_moe.launch import ShrinkPlan, run_programs
+
+    def programs(num_tokens: int) -> int:
+        x, ids = torch.empty(num_tokens, 64), torch.empty(num_tokens, 2, dtype=torch.int32)
+        mapping, a = torch.empty(num_tokens, dtype=torch.int32), torch.empty(2, 8, 32, 64)
+        plan = ShrinkPlan(x, a, ids, mapping, None, None, 8, config=LaunchConfig(32, 32, 64, 4, 3))
+        assert plan.launch.grid[0] == run_programs(2 * num_tokens, 16) * run_pieces(2 * num_tokens, 16, 32)
+        return plan.launch.grid[0] // run_programs(2 * num_tokens, 16)
+
+    assert programs(8000) > programs(600) > 1

@@ -164,6 +164,7 @@ def _layer_shrink_runs(
     """As `layer_shrink_config`, of sorted pairs."""
     deep, wide = max(16, power_of_two(inner)), max(16, power_of_two(outer))
     per_run, runs = num_pairs / num_virtual_experts, min(num_pairs, num_virtual_experts)
+    # lower tiles leave room for more programs side by side, taller ones read A and rows of x less often
     if per_run <= 18 and (per_run < 16 or wide < 128):
         block_m, block_n = 16, min(128 if per_run >= 4 else 64, wide)
     elif per_run < 28 and wide < 128 and runs > 64:
@@ -350,21 +351,30 @@ def down_config(product: Product) -> TileConfig:
 
 def fitted(config: TileConfig, block_n: int, rank: int, itemsize: int, shared_memory: int) -> TileConfig:
     """``config`` with as many stages as ``shared_memory`` bytes hold; ``block_n``: weight rows of one step."""
-    stage = (config.block_m + block_n) * config.block_k * itemsize
-    stages = max(1, min(config.num_stages, (shared_memory - EPILOGUE_MEMORY) // stage))
+    block_k, stages = _held(config.block_m + block_n, config.block_k, config.num_stages, itemsize, shared_memory)
     lora_stage = block_n * max(config.lora_columns, power_of_two(rank)) * itemsize
     lora_stages = max(1, min(config.lora_stages, (shared_memory - EPILOGUE_MEMORY) // lora_stage))
-    return replace(config, num_stages=stages, lora_stages=lora_stages)
+    return replace(config, block_k=block_k, num_stages=stages, lora_stages=lora_stages)
 
 
 def fitted_shrink(config: LaunchConfig, itemsize: int, shared_memory: int) -> LaunchConfig:
     """``config`` of a shrink of elements of ``itemsize`` bytes, with as many stages as ``shared_memory`` bytes hold."""
-    if itemsize == 4 and config.block_m > 1:
-        # no tensor cores: a step of theirs would be as many instructions as it has products
-        config = replace(config, block_k=min(32, config.block_k))
-    stage = (config.block_m + config.block_n) * config.block_k * itemsize
-    stages = max(1, min(config.num_stages, (shared_memory - EPILOGUE_MEMORY) // stage))
-    return replace(config, num_stages=stages)
+    if config.block_m == 1:
+        # no shared memory
+        return config
+    # no tensor cores for fp32: a step of theirs would be as many instructions as it has products
+    block_k = min(32, config.block_k) if itemsize == 4 else config.block_k
+    rows = config.block_m + config.block_n
+    block_k, stages = _held(rows, block_k, config.num_stages, itemsize, shared_memory)
+    return replace(config, block_k=block_k, num_stages=stages)
+
+
+def _held(rows: int, block_k: int, num_stages: int, itemsize: int, shared_memory: int) -> tuple[int, int]:
+    """Depth and number of stages of ``rows`` rows each: shallower before there is but one, which hides nothing."""
+    room = (shared_memory - EPILOGUE_MEMORY) // (rows * itemsize)
+    while num_stages > 1 and block_k > 32 and 2 * block_k > room:
+        block_k //= 2
+    return block_k, max(1, min(num_stages, room // block_k))
 
 
 @functools.cache

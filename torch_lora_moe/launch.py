@@ -88,17 +88,11 @@ class RoutePlan:
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(64, 4096 // bins))
         scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
-        warps = 4 if self.chunk == 128 else 8
+        programs, warps = self.num_chunks + -(-most_tiles // columns), 4 if self.chunk == 128 else 8
         self.launches = [
             Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
-            Plan(
-                route_kernels.scatter_pairs,
-                (self.num_chunks + -(-most_tiles // columns), 1, 1),
-                scatter,
-                (warps, 1),
-                pdl,
-            ),
+            Plan(route_kernels.scatter_pairs, (programs, 1, 1), scatter, (warps, 1), pdl),
         ]
 
     def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
