@@ -12,7 +12,7 @@ constexpr int64_t kRunRows = 256, kUnsortedPairs = 1024;
 
 int64_t expert_tile_rows(int64_t num_pairs, int64_t num_experts) {
   int64_t rows = 16;
-  while (rows < 128 && 15 * rows * num_experts < 16 * num_pairs) rows *= 2;
+  while (rows < 128 && 2 * num_pairs > (rows == 16 ? 23 : rows == 32 ? 56 : 120) * num_experts) rows *= 2;
   return rows;
 }
 

@@ -123,7 +123,7 @@ def fused_experts(
 
 def _needs_schedule(call: FusedArguments) -> bool:
     try:
-        sizes = (call.topk_ids.shape[0], call.topk_ids.shape[1], call.w13.shape[0])
+        sizes = (call.topk_ids.shape[0], call.topk_ids.shape[1], call.w13.shape[0], call.expert_bytes)
         return routing.layer_needs_schedule(*sizes, call.hidden_states.device.type)
     except (AttributeError, IndexError):
         # not the tensors that they should be: the check says which

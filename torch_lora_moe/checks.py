@@ -54,6 +54,11 @@ class FusedArguments(NamedTuple):
         """Halves of the gate_up output: 2 when gated."""
         return 2 if self.is_gated else 1
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of the weights of one expert."""
+        return sum(w.shape[1] * w.shape[2] * w.element_size() for w in (self.w13, self.w2))
+
 
 def _fail(name: str, came: object, expected: str) -> NoReturn:
     raise ValueError(f"{name}: got {came}, expected {expected}")

@@ -322,7 +322,8 @@ def _plan(call: FusedArguments) -> TilePlan | TokenPlan | EmptyPlan:
     num_tokens, top_k = call.topk_ids.shape
     if num_tokens == 0:
         return EmptyPlan(call)
-    return TilePlan(call) if routing.layer_sorts(num_tokens, top_k, call.w13.shape[0]) else TokenPlan(call)
+    sorts = routing.layer_sorts(num_tokens, top_k, call.w13.shape[0], call.expert_bytes)
+    return TilePlan(call) if sorts else TokenPlan(call)
 
 
 _PLANS = new_plans()

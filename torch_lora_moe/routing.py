@@ -38,11 +38,15 @@ NUM_SCHEDULE_ROWS = 9
 # Runs of a virtual expert are cut at multiples of this, so that one of them cannot hold up the rest.
 RUN_ROWS = 256
 
+# Of a tile's height, twice the rows that an average expert may have.
+MOST_ROWS = {16: 23, 32: 56, 64: 120}
+
 # Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
 
-# Up to this many pairs a whole layer may go pair by pair too, if they hardly share an expert.
-FEW_PAIRS = 48
+# Up to this many pairs a whole layer may go pair by pair too, unless that reads this many bytes more than it must.
+FEW_PAIRS = 64
+SPARED_BYTES = 100e6
 
 RoutingCache = MutableMapping[str, Any]
 
@@ -51,10 +55,11 @@ def expert_tile_rows(num_pairs: int, num_experts: int) -> int:
     """Most rows in an expert tile: a power of two from 16 (the smallest tensor-core tile) to 128.
 
     A little more than an average expert has: a second tile finds the expert's weights in L2, where it costs less than
-    empty rows in all tiles. A pure function of the shapes, so that all ops of a layer agree on it without being told.
+    empty rows in all tiles; low tiles have rows to spare. A pure function of the shapes, so that all ops of a layer
+    agree on it without being told.
     """
     rows = 16
-    while rows < 128 and 15 * rows * num_experts < 16 * num_pairs:
+    while rows < 128 and 2 * num_pairs > MOST_ROWS[rows] * num_experts:
         rows *= 2
     return rows
 
@@ -82,15 +87,25 @@ def cuts_runs(num_pairs: int, num_virtual_experts: int) -> bool:
     return num_virtual_experts > 0 and many
 
 
-def layer_sorts(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether a whole layer on a GPU sorts its pairs: not those of one token, nor a few that hardly share an expert."""
+def layer_sorts(num_tokens: int, top_k: int, num_experts: int, expert_bytes: int) -> bool:
+    """Whether a whole layer on a GPU sorts its pairs, whose experts have weights of ``expert_bytes`` each.
+
+    Not those of one token, nor a few that spare the sort and its launches: pair by pair, an expert is read again for
+    each of its pairs, and weights stream about 20 percent slower than in tiles.
+    """
     num_pairs = num_tokens * top_k
-    return num_tokens > 1 and (3 * num_pairs > num_experts or num_pairs > FEW_PAIRS)
+    if num_tokens <= 1 or num_experts < 1 or num_pairs > FEW_PAIRS:
+        return num_tokens > 1
+    # of a random batch
+    experts = num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** num_tokens)
+    return expert_bytes * (num_pairs - experts + 0.2 * num_pairs) > SPARED_BYTES
 
 
-def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, device_type: str) -> bool:
+def layer_needs_schedule(num_tokens: int, top_k: int, num_experts: int, expert_bytes: int, device_type: str) -> bool:
     """Whether a whole layer is to be given a schedule; always in a traced graph, which serves any size."""
-    return device_type != "cuda" or torch.compiler.is_compiling() or layer_sorts(num_tokens, top_k, num_experts)
+    if device_type != "cuda" or torch.compiler.is_compiling():
+        return True
+    return layer_sorts(num_tokens, top_k, num_experts, expert_bytes)
 
 
 def cached_schedule(
