@@ -252,28 +252,35 @@ class VectorConfig:
     preload: int = 0
 
 
-def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, is_down: bool) -> VectorConfig:
+def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> VectorConfig:
     """The configuration of a product of weights and a vector of ``inner`` elements, with LoRA of ``rank`` (0: none).
 
-    ``is_down``: the product of all experts of a token, which is unrolled over them.
+    ``down_of``: as many experts of a token have their products added up, which is unrolled; 0: gate_up.
     """
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
         # neighbours in memory are rows: many of them at once
         config = VectorConfig(64, min(32, deep), 2, 4)
-    elif is_down:
-        block_k = min(256, deep)
-        config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
-    else:
+    elif not down_of:
         block_k = min(512, deep)
         # as many steps as leave little of the last ones unused
         unroll = min((4, 3), key=lambda steps: -(-inner // (steps * block_k)) * steps)
         config = VectorConfig(16 // itemsize, block_k, min(unroll, -(-inner // block_k)), 4)
-    if not is_down:
+    elif 768 < inner <= 2048:
+        # all of an expert's rows at once
+        rows = 2 if rank <= 32 else 4
+        config = VectorConfig(rows, 512, 4, rows)
+    elif down_of == 1 and inner > 2048:
+        config = VectorConfig(8, 256, 4, 4)
+    else:
+        block_k = min(256, deep)
+        config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
+    if not down_of:
         return config
     # what is fetched early stays in registers, beside LoRA's own
     registers = config.block_n * config.block_k * itemsize // (4 * 32 * config.num_warps)
-    return replace(config, preload=max(1, (96 if rank else 192) // (config.unroll * max(1, registers))))
+    room = 32 if rank > 64 else 96 if rank or config.block_k > 256 else 192
+    return replace(config, preload=max(1, room // (config.unroll * max(1, registers))))
 
 
 def joined_shrink_blocks(rank: int, inner: int) -> tuple[int, int]:

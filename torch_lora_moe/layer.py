@@ -229,7 +229,7 @@ class TokenPlan:
     def _gate_up(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w13
         rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
-        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), False)
+        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), 0)
         pdl = overlaps(x.device)
         constants = {
             "STRIDE_X": x.stride(0),
@@ -258,7 +258,7 @@ class TokenPlan:
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
         rank = 0 if call.down_b is None else call.down_b.shape[3]
-        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), True)
+        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), self.top_k)
         pdl, (rows, columns) = overlaps(x.device), joined_shrink_blocks(rank, w.shape[2])
         shrinkers = self.num_pairs * -(-rank // rows)
         constants = {
