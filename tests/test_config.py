@@ -86,7 +86,7 @@ def test_far_shapes_and_other_kernels_take_the_heuristics() -> None:
 
 
 PRODUCTS = [
-    Product(int(pairs * tiles), rows, tiles, columns, inner, itemsize, rank, has_runs, slots)
+    Product(int(pairs * tiles), rows, tiles, columns, inner, itemsize, rank, has_runs, slots, pairs / slots)
     for rows, pairs in ((16, 1.2), (16, 5), (32, 18), (64, 40), (128, 100))
     for tiles in (2.0, 300.0)
     for columns, inner in ((768, 2048), (48, 100), (352, 2880), (14336, 4096))
@@ -116,7 +116,8 @@ def test_tiles_are_legal_and_fit(product: Product) -> None:
     for is_gated in (True, False):
         for tile, parts in ((gate_up_config(product, is_gated), 1 + is_gated), (down_config(product), 1)):
             assert legal(tile)
-            assert tile.block_m == product.rows
+            assert product.rows % tile.block_m == 0
+            assert tile.block_m == product.rows or (product.rank and tile.block_m >= 32)
             # little of the last block is wasted, and nothing is wider than it must be
             covered = -(-product.columns // tile.block_n) * tile.block_n
             assert covered <= max(1.125 * product.columns, product.columns + 31)
@@ -185,7 +186,7 @@ def test_a_shrink_has_as_much_on_its_way_as_leaves_room_for_all_programs() -> No
 def test_only_a_tile_without_lora_takes_its_weight_in_deeper_steps() -> None:
     def block_k(pairs: int, rank: int, inner: int) -> int:
         tiles = min(pairs, 128)
-        return gate_up_config(Product(pairs, 16, tiles, 768, inner, 2, rank, rank > 0, 8), True).block_k
+        return gate_up_config(Product(pairs, 16, tiles, 768, inner, 2, rank, rank > 0, 8, 0.2), True).block_k
 
     assert [block_k(256, rank, 2048) for rank in (0, 16)] == [256, 128]
     assert block_k(256, 0, 100) == 128
@@ -193,16 +194,42 @@ def test_only_a_tile_without_lora_takes_its_weight_in_deeper_steps() -> None:
 
 def test_two_programs_of_a_multiprocessor_take_turns_at_short_sums_and_at_lora() -> None:
     def tile(inner: int, rank: int) -> tuple[int, int]:
-        config = down_config(Product(32768, 128, 300.0, 2048, inner, 2, rank, rank > 0, 8))
+        config = down_config(Product(32768, 128, 300.0, 2048, inner, 2, rank, rank > 0, 8, 32.0))
         return config.block_n, config.num_warps
 
     assert [tile(inner, 0) for inner in (256, 768, 14336)] == [(128, 4), (256, 8), (256, 8)]
-    assert {tile(inner, 16) for inner in (256, 768, 14336)} == {(128, 4)}
+    assert [tile(inner, 16) for inner in (256, 768, 14336)] == [(128, 4), (128, 4), (256, 8)]
+    few = Product(1024, 128, 8.0, 4096, 14336, 2, 16, True, 4, 32.0)
+    assert (down_config(few).block_n, down_config(few).num_warps) == (128, 4)
+
+
+def test_tiles_with_much_lora_are_cut() -> None:
+    """Qwen3-30B-A3B, 4,096 tokens: by the work of LoRA beside that of the base product."""
+
+    def rows(slots: int, rank: int) -> tuple[int, int]:
+        sizes = (32768, 128, 256.0)
+        lora = (2, rank, rank > 0, slots, 256 / slots)
+        return gate_up_config(Product(*sizes, 768, 2048, *lora), True).block_m, down_config(
+            Product(*sizes, 2048, 768, *lora)
+        ).block_m
+
+    assert [rows(8, rank) for rank in (0, 16, 64, 128)] == [(128, 128)] * 4
+    assert [rows(32, rank) for rank in (16, 64)] == [(128, 128), (64, 64)]
+    assert rows(16, 96) == (64, 64)
+    # hardly two rows of a tile share a slot
+    assert rows(256, 64) == (64, 32)
+
+
+def test_tiles_with_much_lora_leave_room_for_others() -> None:
+    def stages(slots: int) -> int:
+        return gate_up_config(Product(960, 32, 40.0, 512, 1536, 2, 64, True, slots, 24 / slots), True).num_stages
+
+    assert (stages(8), stages(64)) == (3, 2)
 
 
 def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
     def columns(slots: int, has_runs: bool) -> int:
-        return gate_up_config(Product(64, 16, 8.0, 14336, 4096, 2, 16, has_runs, slots), True).lora_columns
+        return gate_up_config(Product(64, 16, 8.0, 14336, 4096, 2, 16, has_runs, slots, 8 / slots), True).lora_columns
 
     assert [columns(slots, True) for slots in (1, 3, 8, 64)] == [16, 64, 128, 128]
     assert columns(1, False) == 128
@@ -217,19 +244,22 @@ def test_b_of_down_waits_in_few_registers(product: Product) -> None:
 
 def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
     def group(columns: int, inner: int) -> int:
-        return gate_up_config(Product(8192, 128, 64.0, columns, inner, 2, 0, False, 1), True).group_tiles
+        return gate_up_config(Product(8192, 128, 64.0, columns, inner, 2, 0, False, 1, 128.0), True).group_tiles
 
     assert (group(768, 2048), group(2880, 2880), group(14336, 4096)) == (1, 1, 8)
 
 
-@pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("inner", [16, 768, 2048, 14336])
-@pytest.mark.parametrize("is_down", [True, False])
-def test_vector_steps_are_legal(inner: int, rank: int, is_down: bool) -> None:
+@pytest.mark.parametrize("rank", [0, 16, 64, 128])
+@pytest.mark.parametrize("inner", [16, 768, 1408, 2048, 14336])
+@pytest.mark.parametrize("down_of", [0, 1, 8])
+def test_vector_steps_are_legal(inner: int, rank: int, down_of: int) -> None:
     for rows_contiguous in (True, False):
-        chosen = vector_config(inner, rank, rows_contiguous, 2, is_down)
+        chosen = vector_config(inner, rank, rows_contiguous, 2, down_of)
         assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
         assert 1 <= chosen.unroll <= 4
+        # what is fetched early fits into registers
+        held = chosen.preload * chosen.unroll * chosen.block_n * chosen.block_k * 2 / (4 * 32 * chosen.num_warps)
+        assert held <= (192 if rank == 0 else 96) or chosen.preload == 1
 
 
 def test_expected_tiles() -> None:

@@ -204,7 +204,7 @@ class Product:
 
     ``pairs`` in all, ``rows`` of them to a tile and ``tiles`` (expected), ``columns`` of the output (of the activation
     for gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), whether the schedule
-    has runs, and of how many adapter ``slots``.
+    has runs, of how many adapter ``slots``, and the average rows of a run.
     """
 
     pairs: int
@@ -216,12 +216,14 @@ class Product:
     rank: int
     has_runs: bool
     slots: int
+    run_rows: float
 
 
 @dataclass(frozen=True)
 class TileConfig:
     """How an expert product is cut: ``block_m`` pairs by ``block_n`` output columns (of each slice), ``block_k`` deep.
 
+    A tile of the schedule that has more rows is cut into parts of ``block_m``.
     ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
     at once, and with ``lora_preload`` B of the first one before the base product. ``group_tiles`` go side by side
     through the columns.
@@ -303,6 +305,7 @@ def expected_tiles(num_pairs: int, num_experts: int, rows: int) -> float:
 
 def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
     """The tile of the gate_up product."""
+    product = _cut(product, 0.45, 64)
     rows, columns, lora = product.rows, product.columns, _lora_steps(product, 32)
     wide, deep = 1 if is_gated else 2, max(16, power_of_two(product.inner))
     if product.itemsize == 4:
@@ -313,22 +316,43 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         if product.tiles * -(-columns // block_n) < 2 * FEW_PROGRAMS:
             block_n = _columns(columns, 32 * wide)
         if lora[2] and product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
-            # all programs are on the GPU at once and have registers left
-            lora = (_capped(128, product), *lora[1:])
+            # all programs are on the GPU at once and have registers left for the slots of nearly all tiles
+            slots = 4 * power_of_two(math.ceil(product.pairs / product.tiles))
+            lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
         # longer pieces of each row reach memory faster; steps of LoRA need other programs beside theirs
         block_k = 128 if product.rank or block_n > 32 * wide else 256
         return TileConfig(rows, block_n, min(block_k, deep), 4, 3, *lora)
     if rows == 32:
-        # deep steps: half as many turns, and so barriers, for the same bytes
-        return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, 3, *lora)
+        # deep steps: half as many turns, and so barriers, for the same bytes; much LoRA needs other programs beside
+        stages = 2 if _share_of_lora(product) > 0.6 else 3
+        return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, stages, *lora)
     if rows == 64:
         return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
     group = _group_tiles(2 // wide * product.columns * product.inner * product.itemsize)
     return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, group_tiles=group)
 
 
+def _cut(product: Product, most: float, lowest: int) -> Product:
+    """``product`` with tiles of half the rows, down to ``lowest``, while LoRA is more than ``most`` of the product.
+
+    Each slot of a tile is a product over all of its rows, so half as many rows are half the work; but they read the
+    base weight once more, so each time twice as much must be to gain.
+    """
+    while product.rows > lowest and _share_of_lora(product) > most * 128 / product.rows:
+        rows = product.rows // 2
+        product = replace(product, rows=rows, tiles=max(product.tiles, product.pairs / rows))
+    return product
+
+
+def _share_of_lora(product: Product) -> float:
+    """Columns of LoRA, those of all slots of an average tile together, for each column of the base product."""
+    slots = min(product.slots, min(product.rows, product.pairs / product.tiles) / product.run_rows + 1)
+    return slots * power_of_two(product.rank) / product.inner if product.rank else 0.0
+
+
 def down_config(product: Product) -> TileConfig:
     """The tile of the down product."""
+    product = _cut(product, 1.0, 32)
     rows, columns, lora = product.rows, product.columns, _lora_steps(product, 64)
     deep = max(16, power_of_two(product.inner))
     if product.itemsize == 4:
@@ -348,9 +372,9 @@ def down_config(product: Product) -> TileConfig:
         block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
         return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
-    if product.rank or product.inner < 512:
+    if product.inner < 512 or (product.rank and (product.inner < 4096 or product.tiles * columns < 40000)):
         # two programs of a multiprocessor take turns at their ends and at their steps of LoRA; where the sum is long,
-        # those are rare, and one program with more on its way is quicker
+        # those are rare, and one program with more on its way is quicker if there are enough of them
         stages = 3 if product.inner < 4096 else 4
         return TileConfig(rows, _columns(columns, 128), min(64, deep), 4, stages, *lora, group_tiles=group)
     return TileConfig(rows, _columns(columns, 256), min(64, deep), 8, 4, *lora, group_tiles=group)

@@ -114,6 +114,7 @@ class TilePlan:
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "GROUP_TILES": config.group_tiles,
+            "PARTS": self.rows // config.block_m,
             "HALVES": config.block_m == 128,
             "HAS_RUNS": self.has_runs,
             "IN_ORDER": self.in_order,
@@ -125,15 +126,17 @@ class TilePlan:
     def _fitted(self, config: TileConfig, block_n: int, rank: int, w: Tensor) -> TileConfig:
         config = fitted(config, block_n, rank, w.element_size(), shared_memory(w.device))
         # a grid of two dimensions has no room for more tiles
-        return config if self.tiles < 2**16 else replace(config, group_tiles=8)
+        return config if self.tiles * (self.rows // config.block_m) < 2**16 else replace(config, group_tiles=8)
 
     def _grid(self, blocks: int, config: TileConfig) -> tuple[int, int, int]:
-        return (blocks, self.tiles, 1) if config.group_tiles == 1 else (blocks * self.tiles, 1, 1)
+        tiles = self.tiles * (self.rows // config.block_m)
+        return (blocks, tiles, 1) if config.group_tiles == 1 else (blocks * tiles, 1, 1)
 
     def _product(self, w: Tensor, columns: int, rank: int) -> Product:
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
         size, slots = w.element_size(), max(1, self.max_loras)
-        return Product(self.num_pairs, self.rows, tiles, columns, w.shape[2], size, rank, self.has_runs, slots)
+        sizes = (self.num_pairs, self.rows, tiles, columns, w.shape[2], size, rank, self.has_runs, slots)
+        return Product(*sizes, self.num_pairs / (self.num_experts * slots))
 
     def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
         w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink

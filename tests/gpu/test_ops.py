@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -29,20 +30,35 @@ ops = torch.ops.lora_moe
 NAN = float("nan")
 
 
+@pytest.fixture(params=["by_pair", "by_run", "unsorted"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ways through a layer of more than one token: LoRA pair by pair or by runs, in tiles; nothing sorted."""
+    with taken(monkeypatch, request.param == "by_run", request.param != "unsorted"):
+        yield
+
+
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Runs a test on both LoRA paths, whatever the batch."""
+    with taken(monkeypatch, request.param, True):
+        yield request.param
+
+
+@contextlib.contextmanager
+def taken(monkeypatch: pytest.MonkeyPatch, sorts: bool, tiles: bool) -> Iterator[None]:
     plans = (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS)
     for plan in plans:
         plan.clear()
-    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
-    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: request.param)
-    yield request.param
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: sorts)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: sorts)
+    monkeypatch.setattr(routing, "layer_sorts", lambda num_tokens, *sizes: tiles and num_tokens > 1)
+    yield
     for plan in plans:
         plan.clear()
 
 
-def test_layer(variant: Case, sorts: bool) -> None:
+@pytest.mark.usefixtures("path")
+def test_layer(variant: Case) -> None:
     inputs = make_inputs(variant, "cuda")
     check_layer(inputs, inputs.run())
 
@@ -50,7 +66,8 @@ def test_layer(variant: Case, sorts: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [4, 8, 12, 16, 64, 128, 256])
-def test_sizes(tokens: int, dtype: torch.dtype, rank: int, sorts: bool) -> None:
+@pytest.mark.usefixtures("path")
+def test_sizes(tokens: int, dtype: torch.dtype, rank: int) -> None:
     inputs = make_inputs(Case(num_tokens=tokens, rank=rank, dtype=dtype, hidden_size=100, intermediate_size=72), "cuda")
     check_layer(inputs, inputs.run())
 
@@ -99,6 +116,22 @@ def test_few_experts(tokens: int, slots: int, rank: int, monkeypatch: pytest.Mon
     layer._PLANS.clear()
 
 
+@pytest.mark.parametrize("slots", [24, 64])
+@pytest.mark.parametrize("tokens", [200, 1000, 3000])
+def test_tiles_in_parts(tokens: int, slots: int) -> None:
+    """Where LoRA is most of the work, several programs share the rows of a tile."""
+    layer._PLANS.clear()
+    check_by_adapter(make_layer(tokens, slots=slots, rank=64, hidden=264, inner=136))
+    (plan,) = layer._PLANS.values()
+    low = tokens == 200
+    for product, parts in (
+        (plan.gate_up, 1 if low else 2),
+        (plan.down, 2 if low or (slots, tokens) == (24, 3000) else 4),
+    ):
+        constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
+        assert constants["PARTS"] == parts
+
+
 @pytest.mark.parametrize("tokens", [1, 20, 3000])
 def test_weights_that_start_anywhere(tokens: int) -> None:
     layer = make_layer(tokens)
@@ -123,7 +156,7 @@ def test_layers_of_one_shape_take_turns(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("rank", [16, 64])
-@pytest.mark.parametrize("tokens", [12, 150, 600, 3000])
+@pytest.mark.parametrize("tokens", [12, 13, 150, 600, 3000])
 def test_each_token_is_isolated_from_other_slots(tokens: int, rank: int) -> None:
     """Another adapter of the batch being NaN or infinite leaves every bit of the rest."""
     layer = make_layer(tokens, rank=rank)
@@ -244,7 +277,8 @@ def poison(inputs: Inputs) -> Inputs:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_skipped_parts_are_never_read(dtype: torch.dtype, sorts: bool) -> None:
+@pytest.mark.usefixtures("path")
+def test_skipped_parts_are_never_read(dtype: torch.dtype) -> None:
     mapping = (0, 2, 7, -1, 2)
     inputs = make_inputs(
         Case(num_tokens=5, max_loras=4, mapping=mapping, enabled=(True, True, False, True), dtype=dtype), "cuda"

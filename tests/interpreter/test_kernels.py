@@ -14,13 +14,24 @@ from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_lay
 NAN = float("nan")
 
 
+@pytest.fixture(params=["by_pair", "by_run", "unsorted"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways through a layer of more than one token: LoRA pair by pair or by runs, in tiles; nothing sorted."""
+    take(monkeypatch, request.param == "by_run", request.param != "unsorted")
+
+
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    take(monkeypatch, request.param, True)
+    return request.param
+
+
+def take(monkeypatch: pytest.MonkeyPatch, sorts: bool, tiles: bool) -> None:
     for plans in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
         plans.clear()
-    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: request.param)
-    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: request.param)
-    return request.param
+    monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: sorts)
+    monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: sorts)
+    monkeypatch.setattr(routing, "layer_sorts", lambda num_tokens, *sizes: tiles and num_tokens > 1)
 
 
 def run(inputs: Inputs) -> Tensor:
@@ -48,7 +59,8 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("case", LAYERS.values(), ids=LAYERS.keys())
-def test_layer(case: Case, sorts: bool) -> None:
+@pytest.mark.usefixtures("path")
+def test_layer(case: Case) -> None:
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
 
@@ -117,6 +129,21 @@ def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_tiles_in_parts(sorts: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 128 rows where LoRA is most of the work, so that several programs share their rows."""
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 128)
+    if grouped:
+        monkeypatch.setattr(config, "KEPT_IN_L2", 0)
+    sizes = {"num_experts": 2, "max_loras": 6, "rank": 40, "hidden_size": 70, "intermediate_size": 50}
+    inputs = make_inputs(Case(num_tokens=110, dtype=torch.float16, **sizes))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    for product, parts in ((plan.gate_up, 2), (plan.down, 4)):
+        constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
+        assert (constants["PARTS"], constants["BLOCK_M"]) == (parts, 128 // parts)
 
 
 def test_tiles_side_by_side(sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +243,8 @@ def test_split_k(split_k: int, hidden_size: int, sorts: bool) -> None:
     assert_within_budget(planes.sum(0), exact, low, torch.float32)
 
 
-def test_skipped_parts_are_never_read(sorts: bool) -> None:
+@pytest.mark.usefixtures("path")
+def test_skipped_parts_are_never_read() -> None:
     inputs = make_inputs(Case(num_tokens=5, max_loras=4, mapping=(0, 2, 7, -1, 2), enabled=(True, True, False, True)))
     inputs.topk_ids[3] = -1
     assert inputs.lora is not None

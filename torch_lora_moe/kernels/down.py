@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import fma, known_experts, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_tile, load_weight, place, slots_of_tile, take_slots
+from .tiles import load_b, load_shrunk, load_tile, load_weight, part_of_tile, place, slots_of_tile, take_slots
 
 
 @triton.jit
@@ -124,6 +124,7 @@ def down_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     HALVES: tl.constexpr,
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
@@ -141,7 +142,8 @@ def down_tiles(
     """
     release_consumer(PDL)
     block, tile = place(OUT, BLOCK_N, GROUP_TILES)
-    expert, start, count = load_tile(schedule, num_pairs, tile)
+    expert, start, count = load_tile(schedule, num_pairs, tile // PARTS)
+    start, count = part_of_tile(start, count, tile, PARTS, BLOCK_M)
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:
             _down_tile(

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .activation import activate
 from .common import fma, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_weight, place, slots_of_tile, take_slots
+from .tiles import load_b, load_shrunk, load_weight, part_of_tile, place, slots_of_tile, take_slots
 
 
 @triton.jit
@@ -169,6 +169,7 @@ def gate_up_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_TILES: tl.constexpr,
+    PARTS: tl.constexpr,
     HALVES: tl.constexpr,
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
@@ -190,8 +191,9 @@ def gate_up_tiles(
     block, tile = place(SLICE, BLOCK_N, GROUP_TILES)
     # as `load_tile`, but here: of what a called function loads to find where to store, ahead-of-time compilation cannot
     # tell that it is only read
-    entry, stride = schedule + 2 * (num_pairs + 1) + tile, num_pairs + 1
+    entry, stride = schedule + 2 * (num_pairs + 1) + tile // PARTS, num_pairs + 1
     expert, start, count = tl.load(entry), tl.load(entry + stride), tl.load(entry + 2 * stride)
+    start, count = part_of_tile(start, count, tile, PARTS, BLOCK_M)
     # all three in the condition, so that none of them is loaded after the others
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:

@@ -66,6 +66,16 @@ def load_tile(schedule, num_pairs, tile):
 
 
 @triton.jit
+def part_of_tile(start, count, tile, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """First row and number of rows of one of ``PARTS`` parts of ``BLOCK_M`` rows that a tile is cut into."""
+    if PARTS == 1:
+        return start, count
+    else:
+        skipped = tile % PARTS * BLOCK_M
+        return start + skipped, tl.minimum(count - skipped, BLOCK_M)
+
+
+@triton.jit
 def slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr):
     """First and last (exclusive) number of the slots of a tile: of its runs, or without runs of its rows."""
     # rows without LoRA come first: if the last one is such, all are
