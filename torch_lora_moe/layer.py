@@ -1,7 +1,7 @@
 """The whole layer on a GPU, LoRA folded into its two products.
 
-One token, or so few that hardly two pairs share an expert: shrink, then two products of weights and vectors, the second
-of which makes its own rank vectors and sums over experts (``kernels.matvec``).
+One token, or so few that a sort would cost more than it spares: shrink, then two products of weights and vectors, the
+second of which makes its own rank vectors and sums over experts (``kernels.matvec``).
 More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
 ended, and waits for it where it first reads what that one writes.
@@ -215,7 +215,7 @@ class TilePlan:
 
 
 class TokenPlan:
-    """The launches of a layer whose pairs hardly share experts, as those of one token: nothing is sorted."""
+    """The launches of a layer pair by pair, as of one token: nothing is sorted."""
 
     def __init__(self, call: FusedArguments) -> None:
         x, w13, w2, (num_tokens, top_k) = call.hidden_states, call.w13, call.w2, call.topk_ids.shape

@@ -38,13 +38,13 @@ NUM_SCHEDULE_ROWS = 9
 # Runs of a virtual expert are cut at multiples of this, so that one of them cannot hold up the rest.
 RUN_ROWS = 256
 
-# Of a tile's height, twice the rows that an average expert may have.
+# By the height of a tile, twice the rows that an average expert may have.
 MOST_ROWS = {16: 23, 32: 56, 64: 120}
 
 # Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
 
-# Up to this many pairs a whole layer may go pair by pair too, unless that reads this many bytes more than it must.
+# Up to this many pairs a whole layer may go pair by pair too, unless that costs as much as this many bytes more.
 FEW_PAIRS = 64
 SPARED_BYTES = 100e6
 

@@ -181,9 +181,9 @@ def gate_up_tiles(
 ):
     """One program for each block of columns of each tile: ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
 
-    ``RANK`` 0: no LoRA. ``HALVES``: tiles of at most half the rows are computed as such. ``HAS_RUNS``: the schedule has
-    runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order. ``EARLY``: the kernel before is the shrink, so
-    all but ``shrunk`` is complete from the start.
+    ``RANK`` 0: no LoRA. ``PARTS`` programs share the rows of a tile. ``HALVES``: what has at most half of its rows is
+    computed as such. ``HAS_RUNS``: the schedule has runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order.
+    ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
     """
     if not EARLY:
         wait_for_producer(PDL)

@@ -1,4 +1,4 @@
-"""The layer for so few tokens that hardly two pairs share an expert: each program streams weights past a vector.
+"""The layer for so few tokens that a sort would not pay: each program streams weights past a vector.
 
 No sort and no tensor cores: the bytes of the weights are the time, so loads depend on each other as little as they can
 and nothing branches around them. The second product sums over the experts of its token; the rank vectors of its LoRA
