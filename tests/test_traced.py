@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from torch_lora_moe import MoELoRA, build_lora_hooks, fused_experts, layer, ops, plans  # noqa: E402
 from torch_lora_moe.export import _kernels_for_ops  # noqa: E402
 
-EXPERTS, HIDDEN, INNER, TOP_K, SLOTS, RANK = 16, 256, 128, 4, 4, 16
+EXPERTS, HIDDEN, INNER, TOP_K = 16, 256, 128, 4
 # what each kernel writes
 MADE = {
     "route_ranked": {"schedule"},
@@ -53,13 +53,13 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 class Block(nn.Module):
     """A layer with the fused op, and what the hooks add around nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int, rank: int) -> None:
         super().__init__()
-        e, h, i, r = EXPERTS, HIDDEN, INNER, RANK
-        shapes = ((SLOTS, e, 2 * r, h), (SLOTS, e, 2 * i, r), (SLOTS, e, r, i), (SLOTS, e, h, r))
+        e, h, i, r = EXPERTS, HIDDEN, INNER, rank
+        shapes = ((slots, e, 2 * r, h), (slots, e, 2 * i, r), (slots, e, r, i), (slots, e, h, r))
         for name, shape in zip(MoELoRA._fields[:4], shapes, strict=True):
             self.register_buffer(name, empty(*shape))
-        self.register_buffer("adapter_enabled", empty(SLOTS, dtype=torch.bool))
+        self.register_buffer("adapter_enabled", empty(slots, dtype=torch.bool))
         self.register_buffer("w13", empty(e, 2 * i, h))
         self.register_buffer("w2", empty(e, h, i))
 
@@ -76,11 +76,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 400, 3000])
-def test_graph_holds_kernels_that_change_only_what_they_make(tokens: int) -> None:
+# nothing sorted, no runs, one launch of route and three, tiles in parts
+@pytest.mark.parametrize(
+    ("tokens", "slots", "rank", "parts"),
+    [(1, 8, 16, 1), (5, 8, 16, 1), (20, 8, 16, 1), (400, 1, 16, 1), (3000, 8, 16, 1), (3000, 64, 64, 4)],
+)
+def test_graph_holds_kernels_that_change_only_what_they_make(tokens: int, slots: int, rank: int, parts: int) -> None:
     handle = ops.fused_experts
     with FakeTensorMode(), torch.no_grad(), _kernels_for_ops():
-        block = Block().eval()
+        block = Block(slots, rank).eval()
         weights, ids = empty(tokens, TOP_K, dtype=torch.float32), empty(tokens, TOP_K, dtype=torch.int64)
         batch = (empty(tokens, HIDDEN), weights, ids, empty(tokens, dtype=torch.int32))
         program = torch.export.export(block, batch).run_decompositions()
@@ -89,6 +93,7 @@ def test_graph_holds_kernels_that_change_only_what_they_make(tokens: int) -> Non
     assert not any("lora_moe" in str(node.target) for node in calls)
     kernels = [node for node in calls if "triton_kernel_wrapper" in str(node.target)]
     assert len(kernels) >= 7
+    assert max(node.kwargs["kwargs"].get("PARTS", 1) for node in kernels) == parts
     for node in kernels:
         name = kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__
         assert {*node.kwargs["tensors_to_clone"]} == MADE[name], name
