@@ -27,6 +27,16 @@ SHAPES = {
     "olmoe-1b-7b": Shape(2048, 1024, 64, 8),
     "gpt-oss-20b": Shape(2880, 2880, 32, 4),
     "deepseek-v3-tp8": Shape(7168, 256, 256, 8),
+    "deepseek-v2-lite": Shape(2048, 1408, 64, 6),
+    "dbrx": Shape(6144, 10752, 16, 4),
+    "glm-4.5-air": Shape(4096, 1408, 128, 8),
+    "granite-3.0-3b-a800m": Shape(1536, 512, 40, 8),
+    "llama-4-scout": Shape(5120, 8192, 16, 1),
+    "minimax-m2": Shape(3072, 1536, 256, 8),
+    "phi-3.5-moe": Shape(4096, 6400, 16, 2),
+    "qwen2-57b-a14b": Shape(3584, 2560, 64, 8),
+    "qwen3-235b-a22b": Shape(4096, 1536, 128, 8),
+    "qwen3-next-80b-a3b": Shape(2048, 512, 512, 10),
     "tiny": Shape(256, 128, 16, 4),
 }
 
