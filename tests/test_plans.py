@@ -45,3 +45,32 @@ def test_programs_share_the_rows_of_long_runs() -> None:
         return plan.launch.grid[0] // run_programs(2 * num_tokens, 16)
 
     assert programs(8000) > programs(600) > 1
+
+
+def test_batches_of_all_sizes_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is compiled a few times for all batch sizes, not once for each."""
+    from torch_lora_moe import launch, layer, plans
+    from torch_lora_moe.checks import FusedArguments
+
+    compiled: dict[str, set[object]] = {}
+
+    def note(plan: plans.Plan, tensors: object, *sizes: float) -> None:
+        key = (plan.constants, *plan.options.values(), str(plan.matrices))
+        compiled.setdefault(plan.kernel.__name__, set()).add(key)
+
+    monkeypatch.setattr(plans.Plan, "__call__", note)
+    monkeypatch.setattr(launch, "_ROUTE_PLANS", {})
+    slots, (hidden, inner, experts, top_k), rank = 8, (256, 128, 16, 4), 16
+    w13, w2 = torch.empty(experts, 2 * inner, hidden), torch.empty(experts, hidden, inner)
+    shapes = ((2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
+    lora = [torch.empty(slots, experts, *shape) for shape in shapes]
+    for tokens in [*range(1, 200), *range(200, 4096, 13)]:
+        x, ids = torch.empty(tokens, hidden), torch.empty(tokens, top_k, dtype=torch.int32)
+        mapping = torch.empty(tokens, dtype=torch.int32)
+        call = FusedArguments(x, w13, w2, torch.empty(tokens, top_k), ids, None, *lora, mapping)
+        layer._plan(call)(call)
+    few = {name: compiled.pop(name) for name in ("gate_up_pairs", "down_tokens")}
+    # of the few tokens that are not sorted, each number has its own
+    assert max(map(len, few.values())) <= 16
+    assert {"gate_up_tiles", "down_tiles", "shrink_runs", "scatter_pairs"} <= set(compiled)
+    assert max(map(len, compiled.values())) <= 24

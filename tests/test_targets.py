@@ -212,15 +212,22 @@ def test_planes(compiler: Compiler, num_tokens: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "rank", "parts"), [(2**20, 0, 1), (2**18, 64, 4)])
 @pytest.mark.usefixtures("compiler")
-def test_no_grid_is_too_tall() -> None:
+def test_no_grid_is_too_tall(num_tokens: int, rank: int, parts: int) -> None:
     """A grid's second dimension ends at 65535; nothing is allocated here."""
-    x, ids = torch.empty(2**20, 64, device="meta"), torch.empty(2**20, 8, dtype=torch.int32, device="meta")
+    x, ids = torch.empty(num_tokens, 64, device="meta"), torch.empty(num_tokens, 8, dtype=torch.int32, device="meta")
     weights = (x.new_empty(8, 128, 64), x.new_empty(8, 64, 64), x.new_empty(ids.shape))
-    plan = layer._plan(FusedArguments(x, *weights, ids))
-    assert plan.tiles >= 2**16
+    lora: tuple[Any, ...] = (None,) * 4
+    if rank:
+        # as many slots as an expert has rows
+        shapes = ((2 * rank, 64), (128, rank), (rank, 64), (64, rank))
+        lora = tuple(x.new_empty(2**18, 8, *shape) for shape in shapes)
+    plan = layer._plan(FusedArguments(x, *weights, ids, None, *lora, ids[:, 0] if rank else None))
+    assert plan.tiles * parts >= 2**16
     assert all(max(launch.grid[1:]) < 2**16 for launch in (plan.gate_up, plan.down, plan.sum))
-    assert plan.gate_up.grid[0] % plan.tiles == plan.down.grid[0] % plan.tiles == 0
+    assert plan.down.grid[1] == 1
+    assert plan.down.grid[0] % (plan.tiles * parts) == 0
 
 
 @pytest.mark.parametrize("compiler", [80, 89, 90], indirect=True)
