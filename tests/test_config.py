@@ -262,6 +262,30 @@ def test_vector_steps_are_legal(inner: int, rank: int, down_of: int) -> None:
         assert held <= (192 if rank == 0 else 96) or chosen.preload == 1
 
 
+def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
+    def tile(inner: int, rank: int, down_of: int) -> tuple[int, int]:
+        chosen = vector_config(inner, rank, True, 2, down_of)
+        return chosen.block_n, chosen.block_k * chosen.unroll
+
+    # up to 2048 columns; rows of B cost less where several share a program
+    assert [tile(inner, 16, 8) for inner in (768, 1408, 2048, 2880)] == [(4, 768), (2, 2048), (2, 2048), (4, 1024)]
+    assert tile(1408, 64, 8)[0] == 4
+    # one expert has no others' weights on their way
+    assert [tile(8192, 16, down_of)[0] for down_of in (1, 2)] == [8, 4]
+    assert vector_config(2560, 128, True, 2, 8).preload < vector_config(2560, 64, True, 2, 8).preload
+
+
+def test_few_programs_hold_the_slots_of_nearly_all_tiles() -> None:
+    """Those of twelve or of 64 pairs, hardly two of which share one of 16 or 256 experts."""
+
+    def columns(pairs: int, experts: int, rank: int) -> int:
+        product = Product(pairs, 16, expected_tiles(pairs, experts, 16), 256, 5120, 2, rank, False, 16, 0.1)
+        return gate_up_config(product, True).lora_columns
+
+    assert [columns(12, 16, rank) for rank in (8, 16)] == [64, 128]
+    assert columns(64, 256, 16) == 128
+
+
 def test_expected_tiles() -> None:
     assert expected_tiles(8, 128, 16) == pytest.approx(7.75, abs=0.1)
     assert expected_tiles(10**6, 128, 128) == pytest.approx(10**6 / 128)

@@ -125,12 +125,16 @@ class TilePlan:
 
     def _fitted(self, config: TileConfig, block_n: int, rank: int, w: Tensor) -> TileConfig:
         config = fitted(config, block_n, rank, w.element_size(), shared_memory(w.device))
-        # a grid of two dimensions has no room for more tiles
-        return config if self.tiles * (self.rows // config.block_m) < 2**16 else replace(config, group_tiles=8)
+        # a grid of two dimensions has no room for more
+        return config if self._parts(config) < 2**16 else replace(config, group_tiles=8)
+
+    def _parts(self, config: TileConfig) -> int:
+        """Those of all tiles."""
+        return self.tiles * (self.rows // config.block_m)
 
     def _grid(self, blocks: int, config: TileConfig) -> tuple[int, int, int]:
-        tiles = self.tiles * (self.rows // config.block_m)
-        return (blocks, tiles, 1) if config.group_tiles == 1 else (blocks * tiles, 1, 1)
+        parts = self._parts(config)
+        return (blocks, parts, 1) if config.group_tiles == 1 else (blocks * parts, 1, 1)
 
     def _product(self, w: Tensor, columns: int, rank: int) -> Product:
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
