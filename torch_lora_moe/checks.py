@@ -57,7 +57,7 @@ class FusedArguments(NamedTuple):
     @property
     def expert_bytes(self) -> int:
         """Bytes of the weights of one expert."""
-        return (self.w13.nbytes + self.w2.nbytes) // max(1, self.w13.shape[0])
+        return (self.w13.shape[1:].numel() + self.w2.shape[1:].numel()) * self.w13.dtype.itemsize
 
 
 def _fail(name: str, came: object, expected: str) -> NoReturn:
