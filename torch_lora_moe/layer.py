@@ -228,9 +228,9 @@ class TokenPlan:
         self.gate_up_shrink = None
         if call.gate_up_a is not None:
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False)
-        # the rank vectors of down, and behind them the count of those that are done
-        rank = 0 if call.down_b is None else call.down_b.shape[3]
-        self.counter = -(-self.num_pairs * rank // 8) * 8 if rank else -1
+        self.down_rank = rank = 0 if call.down_b is None else call.down_b.shape[3]
+        # the rank vectors of down, and behind them the count of the programs that have made theirs
+        self.down_shrunk = -(-self.num_pairs * rank // 8) * 8 + 8 if rank else 0
         self.gate_up, self.down = self._gate_up(call), self._down(call)
 
     def _gate_up(self, call: FusedArguments) -> Plan:
@@ -255,7 +255,7 @@ class TokenPlan:
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
-            "COUNTER": self.counter,
+            "NEXT_RANK": self.down_rank,
             "EARLY": self.gate_up_shrink is not None,
             "PDL": pdl,
         }
@@ -264,7 +264,7 @@ class TokenPlan:
 
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
-        rank = 0 if call.down_b is None else call.down_b.shape[3]
+        rank = self.down_rank
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), self.top_k)
         pdl, (rows, columns) = overlaps(x.device), joined_shrink_blocks(rank, w.shape[2])
         shrinkers = self.num_pairs * -(-rank // rows)
@@ -280,10 +280,8 @@ class TokenPlan:
             "RANK_POW2": power_of_two(max(rank, 1)),
             "SHARED": call.down_b is not None and call.down_b.shape[1] < self.num_experts,
             "SHARED_A": call.down_a is not None and call.down_a.shape[1] < self.num_experts,
-            "SHRINKERS": shrinkers,
             "BLOCK_R": rows,
             "BLOCK_I": columns,
-            "COUNTER": self.counter,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
@@ -299,7 +297,7 @@ class TokenPlan:
         mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
         enabled = ids if call.adapter_enabled is None else call.adapter_enabled
         h, out = x.new_empty(self.num_pairs, self.inner), x.new_empty(x.shape)
-        down_shrunk = h if self.counter < 0 else x.new_empty(self.counter + 8)
+        down_shrunk = x.new_empty(self.down_shrunk) if self.down_rank else h
         shrunk, b = h, w13
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
             shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, None), call.gate_up_b
@@ -310,7 +308,7 @@ class TokenPlan:
         bias = w2 if call.w2_bias is None else call.w2_bias
         a, b = (w2, w2) if call.down_a is None or call.down_b is None else (call.down_a, call.down_b)
         inputs = (h, w2, bias, out, down_shrunk, b, a, ids, mapping, enabled, call.topk_weights)
-        self.down(inputs, self.num_experts, self.max_loras, call.routed_scaling_factor)
+        self.down(inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
         return out
 
 

@@ -42,9 +42,9 @@ def _matrix(b, n, mask, RANK: tl.constexpr, RANK_POW2: tl.constexpr):
 
 
 @triton.jit
-def _counter(shrunk, COUNTER: tl.constexpr):
-    """The int32 that stands behind the rank vectors."""
-    return (shrunk + COUNTER).to(tl.pointer_type(tl.int32), bitcast=True)
+def _counter(shrunk, num_pairs, RANK: tl.constexpr):
+    """The int32 that stands behind the rank vectors of all pairs, from the next multiple of eight entries on."""
+    return (shrunk + (num_pairs * RANK + 7) // 8 * 8).to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit(
@@ -86,21 +86,21 @@ def gate_up_pairs(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
-    COUNTER: tl.constexpr,
+    NEXT_RANK: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (pairs, blocks of columns of the activation): ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
 
     ``RANK`` 0: no LoRA. ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
-    ``UNROLL`` steps of ``BLOCK_K`` columns are on their way at once. ``COUNTER``: where in ``next_shrunk`` the next
-    kernel counts, from the zero that this one leaves there; -1: nowhere.
+    ``UNROLL`` steps of ``BLOCK_K`` columns are on their way at once. ``NEXT_RANK``: that of the next kernel's LoRA (0:
+    none), which counts behind its rank vectors ``next_shrunk`` from the zero that this one leaves there.
     """
     if not EARLY:
         wait_for_producer(PDL)
     release_consumer(PDL)
-    if COUNTER >= 0 and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(_counter(next_shrunk, COUNTER), 0)
+    if NEXT_RANK > 0 and (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(_counter(next_shrunk, num_pairs, NEXT_RANK), 0)
     pair = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < SLICE
@@ -163,6 +163,7 @@ def _shrink_for_others(
     mapping,
     enabled,
     program,
+    num_pairs,
     num_experts,
     max_loras,
     IN: tl.constexpr,
@@ -172,7 +173,6 @@ def _shrink_for_others(
     SHARED_A: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    COUNTER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``BLOCK_R`` entries of a pair's rank vector; then counts itself as done."""
@@ -191,7 +191,7 @@ def _shrink_for_others(
         tl.store(shrunk + pair * RANK + rows, tl.sum(acc, 1).to(shrunk.dtype.element_ty), mask=rows < RANK)
         # all of the program's stores come before its count
         tl.debug_barrier()
-    tl.atomic_add(_counter(shrunk, COUNTER), 1, sem="release")
+    tl.atomic_add(_counter(shrunk, num_pairs, RANK), 1, sem="release")
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _load_weight(rows, start, here, IN: tl.constexpr, STRIDE_I: tl.constexpr, BL
 
 
 @triton.jit(
-    do_not_specialize=["num_experts", "max_loras"],
+    do_not_specialize=["num_pairs", "num_experts", "max_loras"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "topk_weights"],
 )
 def down_tokens(
@@ -218,6 +218,7 @@ def down_tokens(
     mapping,
     enabled,
     topk_weights,
+    num_pairs,
     num_experts,
     max_loras,
     factor,
@@ -234,24 +235,23 @@ def down_tokens(
     RANK_POW2: tl.constexpr,
     SHARED: tl.constexpr,
     SHARED_A: tl.constexpr,
-    SHRINKERS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    COUNTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNROLL: tl.constexpr,
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``SHRINKERS`` programs for the rank vectors, then one for each block of columns of each token:
+    """Programs for ``BLOCK_R`` entries of a pair's rank vector each, then one for each block of columns of each token:
     ``out[t] = factor * sum_k weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
 
     The first ``UNROLL`` steps of ``PRELOAD`` pairs' weights are fetched before the kernel waits for ``h``.
     """
     release_consumer(PDL)
     program = tl.program_id(0)
-    if program < SHRINKERS:
+    shrinkers = num_pairs * ((RANK + BLOCK_R - 1) // BLOCK_R)
+    if RANK > 0 and program < shrinkers:
         _shrink_for_others(
             h,
             a,
@@ -260,6 +260,7 @@ def down_tokens(
             mapping,
             enabled,
             program,
+            num_pairs,
             num_experts,
             max_loras,
             IN,
@@ -269,13 +270,12 @@ def down_tokens(
             SHARED_A,
             BLOCK_R,
             BLOCK_I,
-            COUNTER,
             PDL,
         )
     else:
         blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
-        token = (program - SHRINKERS) // blocks
-        n = (program - SHRINKERS) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = (program - shrinkers) // blocks
+        n = (program - shrinkers) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < OUT
         experts = ()
         weights = ()
@@ -321,7 +321,7 @@ def down_tokens(
             if HAS_BIAS:
                 rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
         if RANK > 0:
-            wait_for_count(_counter(shrunk, COUNTER), SHRINKERS, PDL)
+            wait_for_count(_counter(shrunk, num_pairs, RANK), shrinkers, PDL)
             s = tl.load(shrunk + pairs[:, None] * RANK + ranks[None, :], mask=there, other=0.0).to(tl.float32)
             delta = tl.sum(matrices.to(tl.float32) * (s * scales[:, None])[:, None, :], 2)
             rest += tl.sum(delta, 0)
