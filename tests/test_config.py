@@ -23,6 +23,7 @@ from torch_lora_moe.config import (
     gate_up_config,
     launch_config,
     layer_shrink_config,
+    preloaded_pairs,
     run_pieces,
     vector_config,
 )
@@ -258,8 +259,9 @@ def test_vector_steps_are_legal(inner: int, rank: int, down_of: int) -> None:
         assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
         assert 1 <= chosen.unroll <= 4
         # what is fetched early fits into registers
-        held = chosen.preload * chosen.unroll * chosen.block_n * chosen.block_k * 2 / (4 * 32 * chosen.num_warps)
-        assert held <= (192 if rank == 0 else 96) or chosen.preload == 1
+        pairs = preloaded_pairs(chosen, inner, rank, 2, 8, 500)
+        held = pairs * chosen.unroll * chosen.block_n * chosen.block_k * 2 / (4 * 32 * chosen.num_warps)
+        assert held <= (192 if rank == 0 else 96) or pairs == 1
 
 
 def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
@@ -272,7 +274,28 @@ def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
     assert tile(1408, 64, 8)[0] == 4
     # one expert has no others' weights on their way
     assert [tile(8192, 16, down_of)[0] for down_of in (1, 2)] == [8, 4]
-    assert vector_config(2560, 128, True, 2, 8).preload < vector_config(2560, 64, True, 2, 8).preload
+
+
+def test_few_tokens_stream_through_many_small_programs() -> None:
+    def tile(inner: int, itemsize: int = 2) -> tuple[int, int, int]:
+        chosen = vector_config(inner, 16, True, itemsize, 0)
+        return chosen.block_n, chosen.unroll, chosen.num_warps
+
+    # all of a row at once, or half as much where there are several turns
+    assert [tile(inner) for inner in (768, 1536, 2048, 2880, 7168)] == [(2, n, 1) for n in (2, 3, 4, 2, 2)]
+    assert tile(2048, 4) == (1, 4, 1)
+
+
+def test_weights_fetched_early_leave_room_for_all_programs() -> None:
+    def pairs(inner: int, programs: int, rank: int = 16, top_k: int = 8) -> int:
+        return preloaded_pairs(vector_config(inner, rank, True, 2, top_k), inner, rank, 2, top_k, programs)
+
+    # one token: hidden sizes of 2048, 3584, 7168 and 4096; then so many programs that they take turns anyway
+    assert [pairs(768, 544), pairs(2560, 928), pairs(256, 1824), pairs(6400, 1032, 16, 2)] == [4, 2, 2, 2]
+    assert pairs(2560, 9280) == pairs(2560, 700) == 3
+    # B of more ranks, and rows with steps that are not there
+    assert [pairs(2560, 1024, rank) for rank in (16, 64, 128)] == [2, 1, 1]
+    assert [pairs(inner, 1056) for inner in (1024, 1408)] == [3, 2]
 
 
 def test_few_programs_hold_the_slots_of_nearly_all_tiles() -> None:

@@ -181,6 +181,25 @@ def test_nothing_unfinished_is_read(compiler: Compiler, num_tokens: int, rank: i
         assert all(compiler.first_read(*pair) < compiler.first_wait(pair[0]) for pair in early.items())
 
 
+@pytest.mark.parametrize("compiler", [80, 90], indirect=True)
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("hidden", [2880, 4096, 6144])
+def test_weights_of_a_turn_are_on_their_way_at_once(compiler: Compiler, hidden: int, rank: int) -> None:
+    """One token, rows in several turns: a compiler that spares registers would wait between its loads."""
+    call = arguments(1, rank, (hidden, 1024, 16, 2))
+    layer._plan(call)(call)
+    lines = compiler.ptx["gate_up_pairs"].splitlines()
+
+    def first(pattern: str) -> int:
+        return next(i for i, line in enumerate(lines) if re.search(pattern, line))
+
+    fence = first(r"bar(rier)?\.(warp\.)?sync")
+    # gate and up, two steps of two rows of 512 columns: 32 threads load 16 bytes each at once
+    loads = [line for line in lines[:fence] if re.search(r"ld\.global\.L1::evict_first[\w.:]*\.v4\.b32", line)]
+    assert len(loads) == 2 * 2 * 2 * 512 * 2 // (32 * 16)
+    assert fence < first(r"fma\.rn\.f32|mul\.f32")
+
+
 @pytest.mark.parametrize("compiler", [90], indirect=True)
 @pytest.mark.parametrize(("num_tokens", "rank"), [(1, 16), (512, 16), (4096, 16), (4096, 64)])
 @pytest.mark.parametrize("num_stages", [1, 3])

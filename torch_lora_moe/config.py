@@ -25,6 +25,8 @@ EPILOGUE_MEMORY = 32 * 1024
 # Multiprocessors of a large GPU, and what of the shared memory of each its programs can use.
 MULTIPROCESSORS = 132
 PROGRAM_MEMORY = 220 * 1024
+# Registers of each, of 32 bits.
+REGISTERS = 65536
 # An expert's weight up to this size stays in L2 (40 to 60 MB on large GPUs) from one of its tiles to the next.
 KEPT_IN_L2 = 40 * 2**20
 # Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
@@ -242,16 +244,12 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class VectorConfig:
-    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once.
-
-    ``preload`` pairs' weights are fetched before the vector is there.
-    """
+    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once."""
 
     block_n: int
     block_k: int
     unroll: int
     num_warps: int
-    preload: int = 0
 
 
 def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> VectorConfig:
@@ -264,10 +262,10 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, d
         # neighbours in memory are rows: many of them at once
         config = VectorConfig(64, min(32, deep), 2, 4)
     elif not down_of:
+        # many small programs: none waits long for its first weights, and the last of them end together
         block_k = min(512, deep)
-        # as many steps as leave little of the last ones unused
-        unroll = min((4, 3), key=lambda steps: -(-inner // (steps * block_k)) * steps)
-        config = VectorConfig(16 // itemsize, block_k, min(unroll, -(-inner // block_k)), 4)
+        steps = -(-inner // block_k)
+        config = VectorConfig(4 // itemsize, block_k, steps if steps <= 4 else 2, 1)
     elif 768 < inner <= 2048:
         # all of an expert's rows at once
         rows = 2 if rank <= 32 else 4
@@ -277,12 +275,27 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, d
     else:
         block_k = min(256, deep)
         config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
-    if not down_of:
-        return config
-    # what is fetched early stays in registers, beside LoRA's own
-    registers = config.block_n * config.block_k * itemsize // (4 * 32 * config.num_warps)
+    return config
+
+
+def preloaded_pairs(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int, num_programs: int) -> int:
+    """Pairs of a token whose weights each program of a down product fetches before their input is there.
+
+    What is fetched early stays in registers, beside LoRA's own. Where all programs can be on the GPU at once, only so
+    many pairs that they are: else the last programs run alone.
+    """
+    threads = 32 * config.num_warps
+    step = max(1, config.block_n * config.block_k * itemsize // (4 * threads))
     room = 32 if rank > 64 else 96 if rank or config.block_k > 256 else 192
-    return replace(config, preload=max(1, room // (config.unroll * max(1, registers))))
+    most = min(top_k, max(1, room // (config.unroll * step)))
+    steps = min(config.unroll, -(-inner // config.block_k))
+    # addresses and sums, a step's own, and B of the token's pairs
+    others = 44 + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (4 * threads)
+    for pairs in range(most, 0, -1):
+        registers = -(-(others + pairs * steps * step) // 8) * 8
+        if num_programs <= MULTIPROCESSORS * min(32, REGISTERS // (threads * registers)):
+            return pairs
+    return most
 
 
 def joined_shrink_blocks(rank: int, inner: int) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from torch_lora_moe.config import (
     joined_shrink_blocks,
     layer_shrink_config,
     power_of_two,
+    preloaded_pairs,
     shared_memory,
     vector_config,
 )
@@ -267,7 +268,9 @@ class TokenPlan:
         rank = self.down_rank
         config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), self.top_k)
         pdl, (rows, columns) = overlaps(x.device), joined_shrink_blocks(rank, w.shape[2])
-        shrinkers = self.num_pairs * -(-rank // rows)
+        shrinkers, tokens = self.num_pairs * -(-rank // rows), self.num_pairs // self.top_k
+        programs = shrinkers + tokens * -(-w.shape[1] // config.block_n)
+        preload = preloaded_pairs(config, w.shape[2], rank, w.element_size(), self.top_k, programs)
         constants = {
             **_strides(w),
             "IN": w.shape[2],
@@ -285,10 +288,10 @@ class TokenPlan:
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
-            "PRELOAD": min(config.preload, self.top_k),
+            "PRELOAD": preload,
             "PDL": pdl,
         }
-        grid = (shrinkers + self.num_pairs // self.top_k * -(-w.shape[1] // config.block_n), 1, 1)
+        grid = (programs, 1, 1)
         return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=7)
 
     def __call__(self, call: FusedArguments) -> Tensor:

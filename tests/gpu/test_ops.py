@@ -116,13 +116,13 @@ def test_few_experts(tokens: int, slots: int, rank: int, monkeypatch: pytest.Mon
     layer._PLANS.clear()
 
 
-# down products that take an expert's row at once or in rounds, and those of one expert
-@pytest.mark.parametrize("inner", [1000, 1300, 2100])
+# products that take an expert's row at once or in turns, and down products of one expert
+@pytest.mark.parametrize(("hidden", "inner"), [(520, 1000), (520, 1300), (520, 2100), (2100, 130), (4100, 130)])
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("rank", [16, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_token_of_large_experts(inner: int, top_k: int, rank: int, dtype: torch.dtype) -> None:
-    check_by_adapter(make_layer(1, top_k=top_k, rank=rank, hidden=520, inner=inner, dtype=dtype, odd_ids=False))
+def test_one_token_of_large_experts(hidden: int, inner: int, top_k: int, rank: int, dtype: torch.dtype) -> None:
+    check_by_adapter(make_layer(1, top_k=top_k, rank=rank, hidden=hidden, inner=inner, dtype=dtype, odd_ids=False))
 
 
 @pytest.mark.parametrize("slots", [24, 64])

@@ -65,6 +65,12 @@ def test_layer(case: Case) -> None:
     check_layer(inputs, run(inputs))
 
 
+def _fewer_programs(inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> config.VectorConfig:
+    """A down product as it is behind a gate_up of large blocks: the interpreter takes programs one by one."""
+    chosen = config.vector_config(inner, rank, rows_contiguous, itemsize, down_of)
+    return chosen if down_of else dataclasses.replace(chosen, block_n=64)
+
+
 FEW_TOKENS = {
     "only_down": Case(1, adapted=("down",)),
     "only_gate_up": Case(1, adapted=("gate_up",)),
@@ -80,6 +86,8 @@ FEW_TOKENS = {
     "wide_rank_40": Case(1, intermediate_size=1300, hidden_size=70, rank=40, mapping=(1,)),
     "wider": Case(1, top_k=3, intermediate_size=2100, hidden_size=70, mapping=(1,), dtype=torch.float16),
     "one_expert": Case(2, top_k=1, num_experts=40, intermediate_size=2100, hidden_size=70, mapping=(1, 0)),
+    "deep": Case(1, top_k=2, intermediate_size=40, hidden_size=2100, mapping=(1,)),
+    "deeper": Case(1, top_k=2, intermediate_size=40, hidden_size=3300, rank=40, mapping=(2,), dtype=torch.float16),
     "two_tokens": Case(2, num_experts=40, mapping=(1, 0)),
     "seven_tokens": Case(7, top_k=3, num_experts=64, mapping=(1, 0, 2, -1, 1, 5, 0)),
     "three_tokens": Case(3, top_k=3, num_experts=90, rank=12, bias=True, mapping=(2, -1, 1), dtype=torch.float16),
@@ -87,9 +95,11 @@ FEW_TOKENS = {
 
 
 @pytest.mark.parametrize("case", FEW_TOKENS.values(), ids=FEW_TOKENS.keys())
-def test_few_tokens(case: Case) -> None:
+def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of their own that they have: nothing sorted, rank vectors made by the launch that needs them."""
     layer._PLANS.clear()
+    if case.intermediate_size > 1000:
+        monkeypatch.setattr(layer, "vector_config", _fewer_programs)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
     assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())

@@ -42,6 +42,24 @@ def _matrix(b, n, mask, RANK: tl.constexpr, RANK_POW2: tl.constexpr):
 
 
 @triton.jit
+def _loads_first():
+    """Between loads and the products of what they load: else the compiler mixes them to spare registers, and fewer
+    loads are on their way at once.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
+def _products(weight, values, HELD: tl.constexpr):
+    """``weight * values`` in fp32, summed over each ``HELD`` neighbours of a row."""
+    products = weight.to(tl.float32) * values
+    if HELD == 1:
+        return products
+    else:
+        return tl.sum(tl.reshape(products, [weight.shape[0], weight.shape[1] // HELD, HELD]), 2)
+
+
+@triton.jit
 def _counter(shrunk, num_pairs, RANK: tl.constexpr):
     """The int32 that stands behind the rank vectors of all pairs, from the next multiple of eight entries on."""
     return (shrunk + (num_pairs * RANK + 7) // 8 * 8).to(tl.pointer_type(tl.int32), bitcast=True)
@@ -112,23 +130,32 @@ def gate_up_pairs(
         virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     known = expert < num_experts
     here = inside & known
-    gate_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    # what a thread loads at once it adds up by itself, which spares registers for more loads
+    held: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth if STRIDE_I == 1 else 1
+    gate_acc = tl.zeros([BLOCK_N, BLOCK_K // held], tl.float32)
+    up_acc = tl.zeros([BLOCK_N, BLOCK_K // held], tl.float32)
     x_row = x + (pair // top_k).to(tl.int64) * STRIDE_X
     row = tl.where(known, expert, 0).to(tl.int64)
     rows = w + row * STRIDE_E + (n * step).to(tl.int64)[:, None] * STRIDE_N
     for outer in range(0, IN, BLOCK_K * UNROLL):
+        gates = ()
+        ups = ()
         for inner in tl.static_range(UNROLL):
             k = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
             mask = here[:, None] & (k < IN)[None, :] if IN % (BLOCK_K * UNROLL) != 0 else here[:, None]
-            value = load_row(x_row, k, known & (k < IN), BLOCK_N)
             source = rows + k.to(tl.int64)[None, :] * STRIDE_I
             # read once: it pushes nothing else out of L2, which may have to be written back
-            weight = tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first")
-            gate_acc += weight.to(tl.float32) * value
+            gates += (tl.load(source, mask=mask, other=0.0, eviction_policy="evict_first"),)
             if IS_GATED:
-                weight = tl.load(source + to_up * STRIDE_N, mask=mask, other=0.0, eviction_policy="evict_first")
-                up_acc += weight.to(tl.float32) * value
+                ups += (tl.load(source + to_up * STRIDE_N, mask=mask, other=0.0, eviction_policy="evict_first"),)
+        if IN > BLOCK_K * UNROLL:
+            _loads_first()
+        for inner in tl.static_range(UNROLL):
+            k = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
+            value = load_row(x_row, k, known & (k < IN), BLOCK_N)
+            gate_acc += _products(gates[inner], value, held)
+            if IS_GATED:
+                up_acc += _products(ups[inner], value, held)
     if RANK > 0:
         adapted = virtual >= 0
         which = tl.where(adapted, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
@@ -298,7 +325,8 @@ def down_tokens(
             matrices = tl.load(rows_b + ranks[None, None, :], mask=there[:, None, :] & inside[None, :, None], other=0.0)
             scales = tl.load(topk_weights + pairs, mask=mine & (virtual >= 0), other=0.0).to(tl.float32)
         wait_for_producer(PDL)
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        held: tl.constexpr = 128 // w.dtype.element_ty.primitive_bitwidth if STRIDE_I == 1 else 1
+        acc = tl.zeros([BLOCK_N, BLOCK_K // held], tl.float32)
         rest = tl.zeros([BLOCK_N], tl.float32)
         for k in tl.static_range(TOP_K):
             known = experts[k] < num_experts
@@ -312,12 +340,16 @@ def down_tokens(
                 for inner in tl.static_range(UNROLL):
                     i = inner * BLOCK_K + tl.arange(0, BLOCK_K)
                     value = load_row(h_row, i, known & (i < IN), BLOCK_N) * scale
-                    acc += first[k * UNROLL + inner].to(tl.float32) * value
+                    acc += _products(first[k * UNROLL + inner], value, held)
             for outer in range(BLOCK_K * UNROLL if k < PRELOAD else 0, IN, BLOCK_K * UNROLL):
+                loaded = ()
+                for inner in tl.static_range(UNROLL):
+                    loaded += (_load_weight(rows, outer + inner * BLOCK_K, here, IN, STRIDE_I, BLOCK_K),)
+                _loads_first()
                 for inner in tl.static_range(UNROLL):
                     i = outer + inner * BLOCK_K + tl.arange(0, BLOCK_K)
-                    weight = _load_weight(rows, outer + inner * BLOCK_K, here, IN, STRIDE_I, BLOCK_K)
-                    acc += weight.to(tl.float32) * (load_row(h_row, i, known & (i < IN), BLOCK_N) * scale)
+                    value = load_row(h_row, i, known & (i < IN), BLOCK_N) * scale
+                    acc += _products(loaded[inner], value, held)
             if HAS_BIAS:
                 rest += scale * tl.load(bias + row * OUT + n, mask=here, other=0.0).to(tl.float32)
         if RANK > 0:
