@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, cpu, launch, layer, reference, routing
+from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -27,8 +27,8 @@ def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def take(monkeypatch: pytest.MonkeyPatch, sorts: bool, tiles: bool) -> None:
-    for plans in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
-        plans.clear()
+    for kept in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
+        kept.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: sorts)
     monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: sorts)
     monkeypatch.setattr(routing, "layer_sorts", lambda num_tokens, *sizes: tiles and num_tokens > 1)
@@ -82,12 +82,17 @@ FEW_TOKENS = {
     "rank_3": Case(1, top_k=5, rank=3, mapping=(2,)),
     "rank_100": Case(1, rank=100, mapping=(1,)),
     "many_experts": Case(1, top_k=10, num_experts=12, mapping=(0,), dtype=torch.float16),
-    "wide": Case(1, intermediate_size=1300, hidden_size=70, mapping=(1,)),
-    "wide_rank_40": Case(1, intermediate_size=1300, hidden_size=70, rank=40, mapping=(1,)),
-    "wider": Case(1, top_k=3, intermediate_size=2100, hidden_size=70, mapping=(1,), dtype=torch.float16),
-    "one_expert": Case(2, top_k=1, num_experts=40, intermediate_size=2100, hidden_size=70, mapping=(1, 0)),
-    "deep": Case(1, top_k=2, intermediate_size=40, hidden_size=2100, mapping=(1,)),
-    "deeper": Case(1, top_k=2, intermediate_size=40, hidden_size=3300, rank=40, mapping=(2,), dtype=torch.float16),
+    # products in one turn and in several, of pairs whose weights are fetched early and of others
+    "wide": Case(1, intermediate_size=1300, hidden_size=70, mapping=(1,), odd_ids=False),
+    "wide_rank_40": Case(1, intermediate_size=1300, hidden_size=70, rank=40, mapping=(1,), odd_ids=False),
+    "wider": Case(1, top_k=5, intermediate_size=2100, hidden_size=70, mapping=(1,), odd_ids=False, dtype=torch.float16),
+    "one_expert": Case(
+        2, top_k=1, num_experts=40, intermediate_size=2100, hidden_size=70, mapping=(1, 0), odd_ids=False
+    ),
+    "deep": Case(1, intermediate_size=40, hidden_size=2100, mapping=(1,), odd_ids=False),
+    "deeper": Case(
+        1, intermediate_size=40, hidden_size=3300, rank=40, mapping=(2,), odd_ids=False, dtype=torch.float16
+    ),
     "two_tokens": Case(2, num_experts=40, mapping=(1, 0)),
     "seven_tokens": Case(7, top_k=3, num_experts=64, mapping=(1, 0, 2, -1, 1, 5, 0)),
     "three_tokens": Case(3, top_k=3, num_experts=90, rank=12, bias=True, mapping=(2, -1, 1), dtype=torch.float16),
@@ -103,6 +108,23 @@ def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
     assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
+
+
+def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[tuple[Tensor, ...]] = []
+    launched = plans.Plan.__call__
+
+    def note(plan: plans.Plan, tensors: tuple[Tensor, ...], *sizes: float) -> None:
+        kept.append(tensors)
+        launched(plan, tensors, *sizes)
+
+    monkeypatch.setattr(plans.Plan, "__call__", note)
+    layer._PLANS.clear()
+    run(make_inputs(Case(1, top_k=5, rank=3, mapping=(2,))))
+    rank_vectors = kept[-1][4]
+    # five programs made three entries each; the count starts at the next multiple of eight
+    assert rank_vectors.numel() == 24
+    assert rank_vectors.view(torch.int32)[16] == 5
 
 
 def test_router_weight_of_an_unknown_expert_counts_for_nothing() -> None:
