@@ -181,6 +181,9 @@ def test_nothing_unfinished_is_read(compiler: Compiler, num_tokens: int, rank: i
         assert all(compiler.first_read(*pair) < compiler.first_wait(pair[0]) for pair in early.items())
 
 
+BARRIER, PRODUCT = r"bar(?:rier)?\.(?:warp\.)?sync.*", r"fma\.rn\.f32|mul\.f32"
+
+
 @pytest.mark.parametrize("compiler", [80, 90], indirect=True)
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("hidden", [2880, 4096, 6144])
@@ -188,16 +191,27 @@ def test_weights_of_a_turn_are_on_their_way_at_once(compiler: Compiler, hidden: 
     """One token, rows in several turns: a compiler that spares registers would wait between its loads."""
     call = arguments(1, rank, (hidden, 1024, 16, 2))
     layer._plan(call)(call)
-    lines = compiler.ptx["gate_up_pairs"].splitlines()
-
-    def first(pattern: str) -> int:
-        return next(i for i, line in enumerate(lines) if re.search(pattern, line))
-
-    fence = first(r"bar(rier)?\.(warp\.)?sync")
+    turns = re.split(BARRIER, compiler.ptx["gate_up_pairs"])
     # gate and up, two steps of two rows of 512 columns: 32 threads load 16 bytes each at once
-    loads = [line for line in lines[:fence] if re.search(r"ld\.global\.L1::evict_first[\w.:]*\.v4\.b32", line)]
+    loads = re.findall(r"ld\.global\.L1::evict_first[\w.:]*\.v4\.b32", turns[0])
     assert len(loads) == 2 * 2 * 2 * 512 * 2 // (32 * 16)
-    assert fence < first(r"fma\.rn\.f32|mul\.f32")
+    assert not re.search(PRODUCT, turns[0])
+
+
+@pytest.mark.parametrize("compiler", [80, 90], indirect=True)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_weights_of_later_turns_are_on_their_way_at_once(compiler: Compiler, rank: int) -> None:
+    """As above, of a down product behind what it fetches early."""
+    call = arguments(1, rank, (1024, 6400, 16, 2))
+    layer._plan(call)(call)
+    # four steps of four rows of 256 columns: 64 threads load 16 bytes each at once
+    most = 4 * 4 * 256 * 2 // (64 * 16)
+    turns = re.split(BARRIER, compiler.ptx["down_tokens"])
+    # loads that no product stands behind, up to the next barrier
+    ends = [re.split(PRODUCT, turn)[-1] for turn in turns]
+    loads = [len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", end)) for end in ends]
+    # for each of the token's two pairs
+    assert sum(count >= most for count in loads[:-1]) == 2
 
 
 @pytest.mark.parametrize("compiler", [90], indirect=True)

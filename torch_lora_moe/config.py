@@ -260,22 +260,20 @@ def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, d
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
         # neighbours in memory are rows: many of them at once
-        config = VectorConfig(64, min(32, deep), 2, 4)
-    elif not down_of:
-        # many small programs: none waits long for its first weights, and the last of them end together
+        return VectorConfig(64, min(32, deep), 2, 4)
+    if not down_of:
+        # many small programs; a row that takes several turns has two steps in each
         block_k = min(512, deep)
         steps = -(-inner // block_k)
-        config = VectorConfig(4 // itemsize, block_k, steps if steps <= 4 else 2, 1)
-    elif 768 < inner <= 2048:
+        return VectorConfig(4 // itemsize, block_k, steps if steps <= 4 else 2, 1)
+    if 768 < inner <= 2048:
         # all of an expert's rows at once
         rows = 2 if rank <= 32 else 4
-        config = VectorConfig(rows, 512, 4, rows)
-    elif down_of == 1 and inner > 2048:
-        config = VectorConfig(8, 256, 4, 4)
-    else:
-        block_k = min(256, deep)
-        config = VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
-    return config
+        return VectorConfig(rows, 512, 4, rows)
+    if down_of == 1 and inner > 2048:
+        return VectorConfig(8, 256, 4, 4)
+    block_k = min(256, deep)
+    return VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
 
 
 def preloaded_pairs(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int, num_programs: int) -> int:

@@ -230,8 +230,8 @@ class TokenPlan:
         if call.gate_up_a is not None:
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False)
         self.down_rank = rank = 0 if call.down_b is None else call.down_b.shape[3]
-        # the rank vectors of down, and behind them the count of the programs that have made theirs
-        self.down_shrunk = -(-self.num_pairs * rank // 8) * 8 + 8 if rank else 0
+        # entries for down's rank vectors, and behind them for the count of the programs that have made theirs
+        self.rank_vectors = -(-self.num_pairs * rank // 8) * 8 + 8 if rank else 0
         self.gate_up, self.down = self._gate_up(call), self._down(call)
 
     def _gate_up(self, call: FusedArguments) -> Plan:
@@ -300,7 +300,7 @@ class TokenPlan:
         mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
         enabled = ids if call.adapter_enabled is None else call.adapter_enabled
         h, out = x.new_empty(self.num_pairs, self.inner), x.new_empty(x.shape)
-        down_shrunk = x.new_empty(self.down_shrunk) if self.down_rank else h
+        down_shrunk = x.new_empty(self.rank_vectors) if self.down_rank else h
         shrunk, b = h, w13
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
             shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, None), call.gate_up_b
