@@ -150,6 +150,8 @@ class TilePlan:
         config = self._fitted(config, config.block_n * call.num_slices, rank, w)
         width = config.block_n * (2 if call.interleaved else 1)
         tma = pdl and _is_matrix(w, config.block_k)
+        # tall tiles are multiplied by both slices as one, which reads their rows from shared memory half as often
+        joint = tma and call.is_gated and not call.interleaved and config.block_m >= 64
         constants = {
             "STRIDE_X": call.hidden_states.stride(0),
             **_strides(w),
@@ -160,12 +162,13 @@ class TilePlan:
             "ACTIVATION": call.activation,
             "HAS_BIAS": call.w13_bias is not None,
             **self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma),
+            "JOINT": joint,
             "EARLY": shrink is not None,
             "PDL": pdl,
         }
         grid = self._grid(-(-self.inner // config.block_n), config)
         options = (config.num_warps, config.num_stages)
-        matrices = {1: [width, config.block_k]} if tma else None
+        matrices = {1: [*([2] if joint else []), width, config.block_k]} if tma else None
         return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def _down(self, call: FusedArguments, pdl: bool) -> Plan:

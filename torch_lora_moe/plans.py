@@ -39,10 +39,15 @@ _DESCRIPTOR_DEFAULTS = {field.name: field.default for field in fields(TensorDesc
 def descriptor(tensor: Tensor, base: Any, block: list[int]) -> SimpleNamespace:
     """A tensor ``[..., rows, columns]`` as Triton's launcher reads a tensor descriptor: all rows one by one.
 
+    A block ``[slices, rows, columns]`` is taken from each of so many equal slices of the rows of a matrix.
     Triton's own class checks itself at each launch and keeps the tensor alive; ``base`` may be an `Address`.
     """
-    columns = tensor.shape[-1]
-    sizes = {"shape": [tensor.numel() // columns, columns], "strides": [tensor.stride(-2), 1], "block_shape": block}
+    columns, stride = tensor.shape[-1], tensor.stride(-2)
+    shape, strides = [tensor.numel() // columns, columns], [stride, 1]
+    if len(block) == 3:
+        rows = tensor.shape[-2] // block[0]
+        shape, strides = [shape[0] // rows, rows, columns], [rows * stride, *strides]
+    sizes = {"shape": shape, "strides": strides, "block_shape": block}
     return SimpleNamespace(base=base, **sizes, **_DESCRIPTOR_DEFAULTS)
 
 

@@ -12,6 +12,16 @@ from .tiles import load_b, load_shrunk, load_weight, part_of_tile, place, slots_
 
 
 @triton.jit
+def _moved(values):
+    """A copy in other registers.
+
+    Where later products add to the halves of one accumulator, ptxas lets no product of the kernel run beside another
+    (its warning C7511).
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
 def _gate_up_tile(
     x,
     w,
@@ -52,6 +62,7 @@ def _gate_up_tile(
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    JOINT: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -74,31 +85,39 @@ def _gate_up_tile(
             if IS_GATED:
                 first_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
 
-    # interleaved rows come as one block, gate and up of a column next to each other
-    wide: tl.constexpr = 2 * BLOCK_N if INTERLEAVED else BLOCK_N
-    row = block * wide
+    # gate and up of the columns are one product, of columns next to each other where the rows are interleaved
+    both: tl.constexpr = INTERLEAVED or JOINT
+    wide: tl.constexpr = 2 * BLOCK_N if both else BLOCK_N
+    row = block * (2 * BLOCK_N if INTERLEAVED else BLOCK_N)
     acc = tl.zeros([BLOCK_M, wide], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, IN, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         inside = there[:, None] & (k < IN)[None, :] if IN % BLOCK_K != 0 else there[:, None]
         left = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-        right = load_weight(w, expert, row, first, out_size, IN, STRIDE_E, STRIDE_N, STRIDE_I, wide, BLOCK_K, TMA)
+        if JOINT:
+            right = tl.reshape(w.load([expert * 2, row, first]), [wide, BLOCK_K])
+        else:
+            right = load_weight(w, expert, row, first, out_size, IN, STRIDE_E, STRIDE_N, STRIDE_I, wide, BLOCK_K, TMA)
         acc = fma(acc, left, right, there)
-        if IS_GATED and not INTERLEAVED:
+        if IS_GATED and not both:
             right = load_weight(
                 w, expert, SLICE + row, first, out_size, IN, STRIDE_E, STRIDE_N, STRIDE_I, BLOCK_N, BLOCK_K, TMA
             )
             up = fma(up, left, right, there)
-    if HAS_BIAS:
-        bias_row, column = bias + expert * out_size, row + tl.arange(0, wide)
-        acc += tl.load(bias_row + column, mask=column < out_size, other=0.0).to(tl.float32)[None, :]
-        if IS_GATED and not INTERLEAVED:
-            up += tl.load(bias_row + SLICE + n, mask=n < SLICE, other=0.0).to(tl.float32)[None, :]
     if INTERLEAVED:
         gate, up = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N, 2]))
+    elif JOINT:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N]), (0, 2, 1)))
+        gate, up = _moved(gate), _moved(up)
     else:
         gate = acc
+    if HAS_BIAS:
+        bias_row, step = bias + expert * out_size, 2 if INTERLEAVED else 1
+        gate += tl.load(bias_row + n * step, mask=n < SLICE, other=0.0).to(tl.float32)[None, :]
+        if IS_GATED:
+            skipped: tl.constexpr = 1 if INTERLEAVED else SLICE
+            up += tl.load(bias_row + skipped + n * step, mask=n < SLICE, other=0.0).to(tl.float32)[None, :]
 
     if RANK > 0:
         if EARLY:
@@ -176,6 +195,7 @@ def gate_up_tiles(
     PRELOAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    JOINT: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -183,6 +203,7 @@ def gate_up_tiles(
 
     ``RANK`` 0: no LoRA. ``PARTS`` programs share the rows of a tile. ``HALVES``: what has at most half of its rows is
     computed as such. ``HAS_RUNS``: the schedule has runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order.
+    ``JOINT``: ``w`` is a descriptor of three dimensions that brings gate and up of a block of columns at once.
     ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
     """
     if not EARLY:
@@ -237,6 +258,7 @@ def gate_up_tiles(
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
+                JOINT,
                 EARLY,
                 PDL,
             )
@@ -281,6 +303,7 @@ def gate_up_tiles(
                 PRELOAD,
                 LORA_STAGES,
                 TMA,
+                JOINT,
                 EARLY,
                 PDL,
             )
