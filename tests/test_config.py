@@ -236,6 +236,18 @@ def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
     assert columns(1, False) == 128
 
 
+def test_the_tallest_tiles_load_steps_of_lora_ahead() -> None:
+    def steps(rows: int, rank: int) -> tuple[int, bool]:
+        chosen = gate_up_config(Product(32768, rows, 300.0, 768, 2048, 2, rank, True, 8, 32.0), True)
+        return chosen.lora_columns, chosen.lora_ahead
+
+    ahead = [(8, 64), (16, 64), (24, 32), (32, 32), (48, 64), (64, 64)]
+    assert [steps(128, rank) for rank, _ in ahead] == [(columns, True) for _, columns in ahead]
+    # ranks whose rows are no vectors, or that take several parts
+    assert not any(steps(128, rank)[1] for rank in (4, 12, 100, 128))
+    assert not any(steps(rows, rank)[1] for rows in (16, 32, 64) for rank in (16, 64))
+
+
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
 def test_b_of_down_waits_in_few_registers(product: Product) -> None:
     tile = down_config(product)

@@ -227,8 +227,9 @@ class TileConfig:
 
     A tile of the schedule that has more rows is cut into parts of ``block_m``.
     ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
-    at once, and with ``lora_preload`` B of the first one before the base product. ``group_tiles`` go side by side
-    through the columns.
+    at once. With ``lora_preload`` B of the first one is loaded before the base product, with ``lora_ahead`` (where
+    registers allow) that of each later one too before the products ahead of it. ``group_tiles`` go side by side through
+    the columns.
     """
 
     block_m: int
@@ -239,6 +240,7 @@ class TileConfig:
     lora_columns: int = 64
     lora_stages: int = 1
     lora_preload: bool = False
+    lora_ahead: bool = False
     group_tiles: int = 1
 
 
@@ -374,7 +376,7 @@ def down_config(product: Product) -> TileConfig:
             block_n = _columns(columns, 64)
         if block_n > 64 or product.rank > 32:
             # so much of B in registers would leave room for fewer programs side by side
-            lora = (min(64, lora[0]), lora[1], False)
+            lora = (min(64, lora[0]), lora[1], False, False)
         return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
         block_k = min(128 if product.inner >= 2048 else 64, deep)
@@ -433,13 +435,13 @@ def _group_tiles(expert_bytes: int) -> int:
     return 1 if expert_bytes <= KEPT_IN_L2 else 8
 
 
-def _lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool]:
-    """Columns, stages, preload of LoRA: one slot in a step streams like the base weight, which pays at high ranks.
+def _lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool, bool]:
+    """Columns, stages, preload, ahead of LoRA: one slot in a step streams like the base weight and pays at high ranks.
 
     Tiles of ``wide_rows`` rows have registers left for wide steps.
     """
-    columns, stages, preload = _most_lora_steps(product, wide_rows)
-    return _capped(columns, product), stages, preload
+    columns, stages, preload, ahead = _most_lora_steps(product, wide_rows)
+    return _capped(columns, product), stages, preload, ahead
 
 
 def _capped(columns: int, product: Product) -> int:
@@ -448,11 +450,14 @@ def _capped(columns: int, product: Product) -> int:
     return min(columns, max(16, slots)) if product.has_runs else columns
 
 
-def _most_lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool]:
+def _most_lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool, bool]:
+    if product.rows == 128 and product.rank <= 64 and product.rank % 8 == 0:
+        # the tallest tiles have little beside them that would hide a step's loads; one slot of 32 ranks needs no masks
+        return (32 if 16 < product.rank <= 32 else 64), (2 if product.rank > 32 else 1), False, True
     # where few pairs share an expert, a tile has few slots
     few = product.rows == 16 and product.pairs < 1.5 * product.tiles
     if product.rank > 64 or (product.rank > 32 and not few):
-        return 64, 2, False
+        return 64, 2, False, False
     if product.rows > 16:
-        return (128 if product.rows == wide_rows else 64), 1, False
-    return (32 if few and product.rank <= 16 else 128), 1, True
+        return (128 if product.rows == wide_rows else 64), 1, False, False
+    return (32 if few and product.rank <= 16 else 128), 1, True, False

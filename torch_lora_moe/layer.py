@@ -120,6 +120,8 @@ class TilePlan:
             "HAS_RUNS": self.has_runs,
             "IN_ORDER": self.in_order,
             "PRELOAD": config.lora_preload and 0 < rank <= ranks,
+            # without the copy engine addresses take the registers
+            "AHEAD": tma and config.lora_ahead and 0 < rank <= ranks,
             "LORA_STAGES": config.lora_stages,
             "TMA": tma,
         }

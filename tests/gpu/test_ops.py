@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,33 @@ def check_by_adapter(layer: Layer) -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 90, 150, 330, 3000])
 def test_tiles_of_every_height(tokens: int, rank: int, dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     check_by_adapter(make_layer(tokens, rank=rank, hidden=sizes[0], inner=sizes[1], dtype=dtype))
+
+
+@pytest.mark.parametrize("rank", [8, 12, 16, 24, 32, 48, 64])
+@pytest.mark.parametrize(("tokens", "slots"), [(600, 3), (3000, 8), (3000, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tallest_tiles(tokens: int, slots: int, rank: int, dtype: torch.dtype) -> None:
+    """LoRA in a small part of the product, so that tiles stay tall and load its steps ahead."""
+    layer._PLANS.clear()
+    check_by_adapter(make_layer(tokens, slots=slots, rank=rank, hidden=1544, inner=1096, dtype=dtype))
+    (plan,) = layer._PLANS.values()
+    for product in (plan.gate_up, plan.down):
+        constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
+        assert constants["BLOCK_M"] == 128
+        assert constants["AHEAD"] == (config.has_dependent_launch(torch.device("cuda")) and rank % 8 == 0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"bias": True}, {"interleaved": True, "bias": True}, {"is_gated": False, "activation": "relu2"}, {"rank": 3}],
+    ids=lambda kind: "_".join(kind),
+)
+@pytest.mark.parametrize("adapted", [("gate_up", "down"), ()], ids=["lora", "no_lora"])
+@pytest.mark.parametrize("tokens", [100, 300])
+def test_tall_tiles_of_each_kind(tokens: int, adapted: tuple[str, ...], kind: dict[str, Any]) -> None:
+    sizes = {"num_experts": 2, "hidden_size": 200, "intermediate_size": 104}
+    inputs = make_inputs(Case(num_tokens=tokens, dtype=torch.bfloat16, adapted=adapted, **sizes, **kind), "cuda")
+    check_layer(inputs, inputs.run())
 
 
 @pytest.mark.parametrize("rank", [16, 100, 128])

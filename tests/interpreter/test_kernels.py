@@ -166,6 +166,33 @@ def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.Monk
     check_layer(inputs, run(inputs))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(num_tokens=90, num_experts=1, max_loras=6, rank=16, hidden_size=72),
+        Case(num_tokens=70, num_experts=2, max_loras=6, rank=24, hidden_size=50, interleaved=True, bias=True),
+        Case(num_tokens=40, num_experts=1, rank=8, is_gated=False, activation="relu2", shared_outer=True),
+        Case(num_tokens=40, num_experts=1, rank=64),
+        Case(num_tokens=40, num_experts=1, mapping=(-1,) * 40, odd_ids=False, rank=8),
+    ],
+    ids=["rank_16", "rank_24", "plain", "rank_64", "no_adapter"],
+)
+def test_steps_of_lora_are_loaded_ahead(case: Case, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tallest tiles do where the copy engine leaves them registers."""
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 128)
+    monkeypatch.setattr(config, "_cut", lambda product, *limits: product)
+    tiles = layer.TilePlan._tiles
+    monkeypatch.setattr(
+        layer.TilePlan, "_tiles", lambda plan, *sizes: tiles(plan, *sizes[:-1], tma=True) | {"TMA": False}
+    )
+    inputs = make_inputs(dataclasses.replace(case, dtype=torch.float16))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    for product in (plan.gate_up, plan.down):
+        constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
+        assert constants["AHEAD"]
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_tiles_in_parts(sorts: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 128 rows where LoRA is most of the work, so that several programs share their rows."""

@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 
 from .common import fma, known_experts, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_tile, load_weight, part_of_tile, place, slots_of_tile, take_slots
+from .tiles import (
+    join_b,
+    load_b,
+    load_b_as_is,
+    load_shrunk,
+    load_tile,
+    load_weight,
+    part_of_tile,
+    place,
+    slots_of_tile,
+    take_slots,
+)
 
 
 @triton.jit
@@ -41,6 +52,7 @@ def _down_tile(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
+    AHEAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
@@ -54,11 +66,11 @@ def _down_tile(
     scale = tl.load(topk_weights + pairs, mask=there, other=0.0).to(tl.float32)
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
-        if PRELOAD:
-            first_mine, matrix = take_slots(
+        if PRELOAD or AHEAD:
+            own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            first_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
+            early_b = load_b_as_is(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
     if RANK == 0:
         wait_for_producer(PDL)
     h_rows = h + (start + local if IN_ORDER else pairs).to(tl.int64)[:, None] * IN
@@ -77,17 +89,29 @@ def _down_tile(
     if RANK > 0:
         wait_for_producer(PDL)
         if PRELOAD:
-            s = load_shrunk(shrunk, b, pairs, first_mine, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
-            acc = fma(acc, s, first_b, there)
+            s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+            acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
-        for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
-            mine, matrix = take_slots(
-                slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
-            )
-            for r in tl.static_range(0, RANK, BLOCK_R):
-                s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
-                right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
-                acc = fma(acc, s, right, there)
+        if AHEAD:
+            slot = begin
+            while slot < end:
+                s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                slot += GROUPS
+                own, matrix = take_slots(
+                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+                )
+                later_b = load_b_as_is(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
+                acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
+                early_b = later_b
+        else:
+            for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
+                mine, matrix = take_slots(
+                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+                )
+                for r in tl.static_range(0, RANK, BLOCK_R):
+                    s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                    right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
+                    acc = fma(acc, s, right, there)
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
     tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -129,6 +153,7 @@ def down_tiles(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
+    AHEAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
@@ -179,6 +204,7 @@ def down_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
+                AHEAD,
                 LORA_STAGES,
                 TMA,
                 False,
@@ -218,6 +244,7 @@ def down_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
+                AHEAD,
                 LORA_STAGES,
                 TMA,
                 H_TMA,

@@ -8,7 +8,17 @@ import triton.language as tl
 
 from .activation import activate
 from .common import fma, release_consumer, wait_for_producer
-from .tiles import load_b, load_shrunk, load_weight, part_of_tile, place, slots_of_tile, take_slots
+from .tiles import (
+    join_b,
+    load_b,
+    load_b_as_is,
+    load_shrunk,
+    load_weight,
+    part_of_tile,
+    place,
+    slots_of_tile,
+    take_slots,
+)
 
 
 @triton.jit
@@ -60,6 +70,7 @@ def _gate_up_tile(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
+    AHEAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
@@ -77,13 +88,13 @@ def _gate_up_tile(
 
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
-        if PRELOAD:
-            first_mine, matrix = take_slots(
+        if PRELOAD or AHEAD:
+            own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            first_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+            early_gate_b = load_b_as_is(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
             if IS_GATED:
-                first_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                early_up_b = load_b_as_is(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
 
     # gate and up of the columns are one product, of columns next to each other where the rows are interleaved
     both: tl.constexpr = INTERLEAVED or JOINT
@@ -123,28 +134,46 @@ def _gate_up_tile(
         if EARLY:
             wait_for_producer(PDL)
         if PRELOAD:
-            s = load_shrunk(shrunk, b, pairs, first_mine, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+            s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             if IS_GATED:
-                up_s = load_shrunk(
-                    shrunk, b, pairs, first_mine, 0, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
-                )
-                up = fma(up, up_s, first_up_b, there)
-            gate = fma(gate, s, first_gate_b, there)
+                up_s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                up = fma(up, up_s, join_b(early_up_b, GROUPS, BLOCK_R), there)
+            gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
-        for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
-            mine, matrix = take_slots(
-                slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
-            )
-            for r in tl.static_range(0, RANK, BLOCK_R):
-                s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
-                gate_b = load_b(b, matrix, n, r, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+        if AHEAD:
+            slot = begin
+            while slot < end:
+                s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
                 if IS_GATED:
                     up_s = load_shrunk(
-                        shrunk, b, pairs, mine, r, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
+                        shrunk, b, pairs, own, 0, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
                     )
-                    up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
-                    up = fma(up, up_s, up_b, there)
-                gate = fma(gate, s, gate_b, there)
+                slot += GROUPS
+                own, matrix = take_slots(
+                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+                )
+                later_gate_b = load_b_as_is(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                if IS_GATED:
+                    later_up_b = load_b_as_is(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                    up = fma(up, up_s, join_b(early_up_b, GROUPS, BLOCK_R), there)
+                    early_up_b = later_up_b
+                gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
+                early_gate_b = later_gate_b
+        else:
+            for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
+                mine, matrix = take_slots(
+                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
+                )
+                for r in tl.static_range(0, RANK, BLOCK_R):
+                    s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+                    gate_b = load_b(b, matrix, n, r, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                    if IS_GATED:
+                        up_s = load_shrunk(
+                            shrunk, b, pairs, mine, r, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
+                        )
+                        up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                        up = fma(up, up_s, up_b, there)
+                    gate = fma(gate, s, gate_b, there)
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     out_rows = start + local if IN_ORDER else pairs
     target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]
@@ -193,6 +222,7 @@ def gate_up_tiles(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
+    AHEAD: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
@@ -203,6 +233,8 @@ def gate_up_tiles(
 
     ``RANK`` 0: no LoRA. ``PARTS`` programs share the rows of a tile. ``HALVES``: what has at most half of its rows is
     computed as such. ``HAS_RUNS``: the schedule has runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order.
+    ``PRELOAD``: B of the first step of LoRA is loaded before the base product; ``AHEAD``: that of each later one too,
+    before the products of the step before it.
     ``JOINT``: ``w`` is a descriptor of three dimensions that brings gate and up of a block of columns at once.
     ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
     """
@@ -256,6 +288,7 @@ def gate_up_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
+                AHEAD,
                 LORA_STAGES,
                 TMA,
                 JOINT,
@@ -301,6 +334,7 @@ def gate_up_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
+                AHEAD,
                 LORA_STAGES,
                 TMA,
                 JOINT,

@@ -153,6 +153,36 @@ def _finite(values):
 
 
 @triton.jit
+def load_b_as_is(
+    b,
+    matrix,
+    n,
+    start,
+    PART: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    RANK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The slots' parts of B, to be passed to `join_b` where they are used: until then nothing waits for them."""
+    r = start + tl.arange(0, BLOCK_R)
+    rows = b + (matrix.to(tl.int64) * NUM_SLICES + PART) * (SLICE * RANK)
+    if GROUPS == 1:
+        mask = (n < SLICE)[:, None] & (r < RANK)[None, :] & (matrix >= 0)
+        return tl.load(rows + n[:, None] * RANK + r[None, :], mask=mask, other=0.0)
+    else:
+        mask = (n < SLICE)[:, None, None] & (matrix >= 0)[:, :, None] & (r < RANK)[None, None, :]
+        return tl.load(rows[:, :, None] + n[:, None, None] * RANK + r[None, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def join_b(values, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The slots' parts of B side by side, finite: ``[columns, slots * ranks]``."""
+    return _finite(tl.reshape(values, [values.shape[0], GROUPS * BLOCK_R]))
+
+
+@triton.jit
 def load_b(
     b,
     matrix,
@@ -165,16 +195,9 @@ def load_b(
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The slots' parts of B side by side: ``[columns, slots * ranks]``."""
-    r = start + tl.arange(0, BLOCK_R)
-    rows = b + (matrix.to(tl.int64) * NUM_SLICES + PART) * (SLICE * RANK)
-    if GROUPS == 1:
-        mask = (n < SLICE)[:, None] & (r < RANK)[None, :] & (matrix >= 0)
-        return _finite(tl.load(rows + n[:, None] * RANK + r[None, :], mask=mask, other=0.0))
-    else:
-        mask = (n < SLICE)[:, None, None] & (matrix >= 0)[:, :, None] & (r < RANK)[None, None, :]
-        values = tl.load(rows[:, :, None] + n[:, None, None] * RANK + r[None, None, :], mask=mask, other=0.0)
-        return _finite(tl.reshape(values, [n.shape[0], GROUPS * BLOCK_R]))
+    """As `load_b_as_is` and `join_b`."""
+    values = load_b_as_is(b, matrix, n, start, PART, NUM_SLICES, SLICE, RANK, GROUPS, BLOCK_R)
+    return join_b(values, GROUPS, BLOCK_R)
 
 
 @triton.jit
