@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,26 @@ def test_steps_of_lora_are_loaded_ahead(case: Case, sorts: bool, monkeypatch: py
     for product in (plan.gate_up, plan.down):
         constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
         assert constants["AHEAD"]
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("adapted", [("gate_up", "down"), ()], ids=["lora", "no_lora"])
+def test_gate_and_up_as_one_product(
+    rows: int, adapted: tuple[str, ...], sorts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tall tiles do where the copy engine brings both, here with columns that no block divides."""
+
+    def joint(kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], *rest: Any, **more: Any) -> plans.Plan:
+        if kernel.fn.__name__ == "gate_up_tiles":
+            constants |= {"TMA": True, "JOINT": True}
+            more["matrices"] = {1: [2, constants["BLOCK_N"], constants["BLOCK_K"]]}
+        return plans.Plan(kernel, grid, constants, *rest, **more)
+
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
+    monkeypatch.setattr(layer, "Plan", joint)
+    sizes = {"num_experts": 2, "hidden_size": 72, "intermediate_size": 88}
+    inputs = make_inputs(Case(num_tokens=90, dtype=torch.float16, bias=True, adapted=adapted, **sizes))
+    check_layer(inputs, run(inputs))
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -7,7 +7,6 @@ from .common import fma, known_experts, release_consumer, wait_for_producer
 from .tiles import (
     join_b,
     load_b,
-    load_b_as_is,
     load_shrunk,
     load_tile,
     load_weight,
@@ -70,7 +69,7 @@ def _down_tile(
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            early_b = load_b_as_is(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
+            early_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
     if RANK == 0:
         wait_for_producer(PDL)
     h_rows = h + (start + local if IN_ORDER else pairs).to(tl.int64)[:, None] * IN
@@ -93,6 +92,7 @@ def _down_tile(
             acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if AHEAD:
+            # of a `for` loop ptxas spills registers
             slot = begin
             while slot < end:
                 s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
@@ -100,7 +100,7 @@ def _down_tile(
                 own, matrix = take_slots(
                     slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
                 )
-                later_b = load_b_as_is(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
+                later_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
                 acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
                 early_b = later_b
         else:
@@ -111,7 +111,7 @@ def _down_tile(
                 for r in tl.static_range(0, RANK, BLOCK_R):
                     s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
                     right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
-                    acc = fma(acc, s, right, there)
+                    acc = fma(acc, s, join_b(right, GROUPS, BLOCK_R), there)
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
     tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .common import fma, release_consumer, wait_for_producer
+from .common import INTERPRETED, fma, release_consumer, wait_for_producer
 from .tiles import (
     join_b,
     load_b,
-    load_b_as_is,
     load_shrunk,
     load_weight,
     part_of_tile,
@@ -28,7 +27,10 @@ def _moved(values):
     Where later products add to the halves of one accumulator, ptxas lets no product of the kernel run beside another
     (its warning C7511).
     """
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=1)
+    if INTERPRETED:
+        return values
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [values], dtype=values.dtype, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -92,9 +94,9 @@ def _gate_up_tile(
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
-            early_gate_b = load_b_as_is(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+            early_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
             if IS_GATED:
-                early_up_b = load_b_as_is(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                early_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
 
     # gate and up of the columns are one product, of columns next to each other where the rows are interleaved
     both: tl.constexpr = INTERLEAVED or JOINT
@@ -141,6 +143,7 @@ def _gate_up_tile(
             gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if AHEAD:
+            # of a `for` loop ptxas spills registers
             slot = begin
             while slot < end:
                 s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
@@ -152,9 +155,9 @@ def _gate_up_tile(
                 own, matrix = take_slots(
                     slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
                 )
-                later_gate_b = load_b_as_is(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                later_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
                 if IS_GATED:
-                    later_up_b = load_b_as_is(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
+                    later_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
                     up = fma(up, up_s, join_b(early_up_b, GROUPS, BLOCK_R), there)
                     early_up_b = later_up_b
                 gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
@@ -172,8 +175,8 @@ def _gate_up_tile(
                             shrunk, b, pairs, mine, r, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
                         )
                         up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
-                        up = fma(up, up_s, up_b, there)
-                    gate = fma(gate, s, gate_b, there)
+                        up = fma(up, up_s, join_b(up_b, GROUPS, BLOCK_R), there)
+                    gate = fma(gate, s, join_b(gate_b, GROUPS, BLOCK_R), there)
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     out_rows = start + local if IN_ORDER else pairs
     target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]

@@ -153,7 +153,7 @@ def _finite(values):
 
 
 @triton.jit
-def load_b_as_is(
+def load_b(
     b,
     matrix,
     n,
@@ -165,7 +165,7 @@ def load_b_as_is(
     GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The slots' parts of B, to be passed to `join_b` where they are used: until then nothing waits for them."""
+    """The slots' parts of B, for `join_b`: up to there nothing waits for them."""
     r = start + tl.arange(0, BLOCK_R)
     rows = b + (matrix.to(tl.int64) * NUM_SLICES + PART) * (SLICE * RANK)
     if GROUPS == 1:
@@ -180,24 +180,6 @@ def load_b_as_is(
 def join_b(values, GROUPS: tl.constexpr, BLOCK_R: tl.constexpr):
     """The slots' parts of B side by side, finite: ``[columns, slots * ranks]``."""
     return _finite(tl.reshape(values, [values.shape[0], GROUPS * BLOCK_R]))
-
-
-@triton.jit
-def load_b(
-    b,
-    matrix,
-    n,
-    start,
-    PART: tl.constexpr,
-    NUM_SLICES: tl.constexpr,
-    SLICE: tl.constexpr,
-    RANK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """As `load_b_as_is` and `join_b`."""
-    values = load_b_as_is(b, matrix, n, start, PART, NUM_SLICES, SLICE, RANK, GROUPS, BLOCK_R)
-    return join_b(values, GROUPS, BLOCK_R)
 
 
 @triton.jit
