@@ -22,7 +22,7 @@ from torch_lora_moe.plans import Plan, new_plans, on_device, overlaps, remember
 # Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
 MOST_RUN_PROGRAMS = 2048
 # Above this many pairs ranking every pair against all others costs more than two more launches.
-RANKED_PAIRS = 4096
+RANKED_PAIRS = 2048
 
 
 _ROUTE_PLANS = new_plans()
@@ -67,7 +67,7 @@ class RoutePlan:
         self.launches: list[Plan] = []
         self.cut: Plan | None = None
         if routing.cuts_runs(num_pairs, num_experts * max_loras):
-            chunk = 1024 if num_pairs <= 65536 else 4096
+            chunk = 512 if num_pairs <= 4096 else 1024 if num_pairs <= 65536 else 4096
             runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": 8192, "PDL": pdl}
             self.cut = Plan(route_kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, (8, 1), pdl)
         if num_pairs <= RANKED_PAIRS:
@@ -80,19 +80,21 @@ class RoutePlan:
             constants = {**common, "WIDE": wide, **blocks}
             self.launches = [Plan(route_kernels.route_ranked, grid, constants, dependent=pdl)]
             return
-        self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 65536 else 512
+        # few long chunks share few histograms, but each pair meets all others of its chunk
+        self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 131072 else 512
         self.num_chunks = -(-num_pairs // self.chunk)
         self.bins = bins
         slots = max(32, power_of_two(max_loras + 1))
         order = {"HAS_ENABLED": flagged, "PDL": pdl, "BINS": slots, "CHUNK": 64, "BLOCK_Q": 1024}
         count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
         rows = max(1, min(64, 4096 // bins))
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": 16384 // self.chunk, "BLOCK_H": rows, "BLOCK_C": columns}
-        programs, warps = self.num_chunks + -(-most_tiles // columns), 4 if self.chunk == 128 else 8
+        others = 32 if self.chunk == 256 else 16
+        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": others, "BLOCK_H": rows, "BLOCK_C": columns}
+        programs = self.num_chunks + -(-most_tiles // columns)
         self.launches = [
             Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
             Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
-            Plan(route_kernels.scatter_pairs, (programs, 1, 1), scatter, (warps, 1), pdl),
+            Plan(route_kernels.scatter_pairs, (programs, 1, 1), scatter, (4, 1), pdl),
         ]
 
     def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
