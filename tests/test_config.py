@@ -184,13 +184,14 @@ def test_a_shrink_has_as_much_on_its_way_as_leaves_room_for_all_programs() -> No
     assert (step(4096, 64), step(16384, 256), step(65536, 1024)) == ((128, 4), (64, 4), (64, 3))
 
 
-def test_only_a_tile_without_lora_takes_its_weight_in_deeper_steps() -> None:
-    def block_k(pairs: int, rank: int, inner: int) -> int:
-        tiles = min(pairs, 128)
-        return gate_up_config(Product(pairs, 16, tiles, 768, inner, 2, rank, rank > 0, 8, 0.2), True).block_k
+def test_narrow_tiles_take_their_weight_in_deeper_steps_unless_few_with_lora() -> None:
+    def block_k(tiles: int, rank: int, inner: int, columns: int = 768) -> int:
+        return gate_up_config(Product(256, 16, tiles, columns, inner, 2, rank, rank > 0, 8, 0.2), True).block_k
 
-    assert [block_k(256, rank, 2048) for rank in (0, 16)] == [256, 128]
-    assert block_k(256, 0, 100) == 128
+    assert [block_k(50, rank, 2048) for rank in (0, 16)] == [256, 256]
+    assert [block_k(12, rank, 2048) for rank in (0, 16)] == [256, 128]
+    assert block_k(200, 16, 2048) == 128, "64 columns"
+    assert block_k(50, 16, 100) == 128
 
 
 def test_two_programs_of_a_multiprocessor_take_turns_at_short_sums_and_at_lora() -> None:
