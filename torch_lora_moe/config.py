@@ -153,7 +153,7 @@ def layer_shrink_config(
     if has_runs:
         return _layer_shrink_runs(num_pairs, num_virtual_experts, outer, inner)
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
-        return LaunchConfig(16, min(32, wide), min(256, deep), 2, 3), 1, 1
+        return LaunchConfig(16, min(32, wide), min(256, deep), 2, 4), 1, 1
     rows = 16
     while rows > 4 and num_pairs * -(-outer // rows) < 256:
         rows //= 2
