@@ -184,13 +184,15 @@ def test_a_shrink_has_as_much_on_its_way_as_leaves_room_for_all_programs() -> No
     assert (step(4096, 64), step(16384, 256), step(65536, 1024)) == ((128, 4), (64, 4), (64, 3))
 
 
-def test_narrow_tiles_take_their_weight_in_deeper_steps_unless_few_with_lora() -> None:
-    def block_k(tiles: int, rank: int, inner: int, columns: int = 768) -> int:
-        return gate_up_config(Product(256, 16, tiles, columns, inner, 2, rank, rank > 0, 8, 0.2), True).block_k
+def test_narrow_tiles_take_their_weight_in_deeper_steps_where_lora_is_little() -> None:
+    def block_k(tiles: int, rank: int, inner: int = 2048, has_runs: bool = False, columns: int = 768) -> int:
+        return gate_up_config(Product(256, 16, tiles, columns, inner, 2, rank, has_runs, 8, 0.2), True).block_k
 
-    assert [block_k(50, rank, 2048) for rank in (0, 16)] == [256, 256]
-    assert [block_k(12, rank, 2048) for rank in (0, 16)] == [256, 128]
-    assert block_k(200, 16, 2048) == 128, "64 columns"
+    assert [block_k(50, rank) for rank in (0, 16)] == [256, 256]
+    assert [block_k(12, rank) for rank in (0, 16)] == [256, 128], "few programs"
+    assert block_k(50, 16, columns=14336) == 128 == block_k(6, 16, columns=14336), "many"
+    assert block_k(50, 16, has_runs=True) == 128
+    assert block_k(200, 16) == 128, "tiles of 64 columns"
     assert block_k(50, 16, 100) == 128
 
 

@@ -332,9 +332,11 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
             # all programs are on the GPU at once and have registers left for the slots of nearly all tiles
             slots = 4 * power_of_two(math.ceil(product.pairs / product.tiles))
             lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
-        # longer pieces of each row reach memory faster; a few programs with steps of LoRA do better side by side
-        few = product.rank > 0 and product.tiles * -(-columns // block_n) < 3 * MULTIPROCESSORS
-        block_k = 128 if few or block_n > 32 * wide else 256
+        # longer pieces of each row reach memory faster; with LoRA few programs do better side by side, and those with
+        # many steps of it, and many programs keep memory busy anyway
+        programs = product.tiles * -(-columns // block_n)
+        shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs < 2.5 * FEW_PROGRAMS
+        block_k = 128 if product.has_runs or shallow or block_n > 32 * wide else 256
         return TileConfig(rows, block_n, min(block_k, deep), 4, 3, *lora)
     if rows == 32:
         # deep steps: half as many turns, and so barriers, for the same bytes; much LoRA needs other programs beside
