@@ -324,20 +324,7 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
     if product.itemsize == 4:
         return TileConfig(rows, _columns(columns, 32 * wide), min(32, deep), 4, 2, lora_columns=16)
     if rows == 16:
-        block_n = _columns(columns, 64 * wide)
-        # few programs are cut narrower, so that the last of them do not run alone
-        if product.tiles * -(-columns // block_n) < 2 * FEW_PROGRAMS:
-            block_n = _columns(columns, 32 * wide)
-        if lora[2] and product.tiles * -(-columns // block_n) < FEW_PROGRAMS:
-            # all programs are on the GPU at once and have registers left for the slots of nearly all tiles
-            slots = 4 * power_of_two(math.ceil(product.pairs / product.tiles))
-            lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
-        # longer pieces of each row reach memory faster; with LoRA few programs do better side by side, and those with
-        # many steps of it, and many programs keep memory busy anyway
-        programs = product.tiles * -(-columns // block_n)
-        shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs < 2.5 * FEW_PROGRAMS
-        block_k = 128 if product.has_runs or shallow or block_n > 32 * wide else 256
-        return TileConfig(rows, block_n, min(block_k, deep), 4, 3, *lora)
+        return _narrow_gate_up_config(product, wide, deep, lora)
     if rows == 32:
         # deep steps: half as many turns, and so barriers, for the same bytes; much LoRA needs other programs beside
         stages = 2 if _share_of_lora(product) > 0.6 else 3
@@ -346,6 +333,28 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
     group = _group_tiles(2 // wide * product.columns * product.inner * product.itemsize)
     return TileConfig(rows, _columns(columns, 128 * wide), min(64, deep), 8, 4, *lora, group_tiles=group)
+
+
+def _narrow_gate_up_config(product: Product, wide: int, deep: int, lora: tuple[int, int, bool, bool]) -> TileConfig:
+    """That of 16 rows."""
+    columns = product.columns
+
+    def programs(block_n: int) -> float:
+        return product.tiles * -(-columns // block_n)
+
+    block_n = _columns(columns, 64 * wide)
+    # few programs are cut narrower, so that the last of them do not run alone
+    if programs(block_n) < 2 * FEW_PROGRAMS:
+        block_n = _columns(columns, 32 * wide)
+    if lora[2] and programs(block_n) < FEW_PROGRAMS:
+        # all programs are on the GPU at once and have registers left for the slots of nearly all tiles
+        slots = 4 * power_of_two(math.ceil(product.pairs / product.tiles))
+        lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
+    # longer pieces of each row reach memory faster; with LoRA few programs do better side by side, and those with many
+    # steps of it, and many programs keep memory busy anyway
+    shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs(block_n) < 2.5 * FEW_PROGRAMS
+    block_k = 128 if product.has_runs or shallow or block_n > 32 * wide else 256
+    return TileConfig(product.rows, block_n, min(block_k, deep), 4, 3, *lora)
 
 
 def _cut(product: Product, most: float, lowest: int) -> Product:

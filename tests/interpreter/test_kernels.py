@@ -306,6 +306,18 @@ def test_runs_of_many_chunks(ranked: bool, monkeypatch: pytest.MonkeyPatch) -> N
     launch._ROUTE_PLANS.clear()
 
 
+@pytest.mark.parametrize(("tokens", "top_k", "chunk"), [(900, 8, 128), (2100, 8, 256)])
+def test_routes_of_longer_chunks(tokens: int, top_k: int, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, 21, (tokens, top_k), generator=generator)
+    mapping = torch.randint(-1, 6, (tokens,), generator=generator)
+    enabled = torch.tensor([True, True, False, True, True])
+    launch._ROUTE_PLANS.clear()
+    assert torch.equal(launch.route(ids, mapping, enabled, 20, 5), cpu.route(ids, mapping, enabled, 20, 5))
+    (plan,) = launch._ROUTE_PLANS.values()
+    assert plan.chunk == chunk
+
+
 def test_ids_beyond_int32_do_not_wrap() -> None:
     """An int64 id whose low half looks valid is still out of range."""
     ids, mapping = torch.tensor([[2**32, 1], [1, 2**33 + 1]]), torch.tensor([2**32, 0])
