@@ -336,7 +336,7 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
 
 
 def _narrow_gate_up_config(product: Product, wide: int, deep: int, lora: tuple[int, int, bool, bool]) -> TileConfig:
-    """That of 16 rows."""
+    """The tile of the gate_up product where an expert has so few rows that it is 16 high."""
     columns = product.columns
 
     def programs(block_n: int) -> float:

@@ -212,7 +212,7 @@ def test_many_slots_and_experts(tokens: int) -> None:
     check_by_adapter(make_layer(tokens, top_k=10, experts=300, slots=64, rank=16, hidden=64, inner=32))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 256, 257, 3000])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 64, 300, 3000])
 @pytest.mark.parametrize("experts", [1, 6, 128, 512])
 @pytest.mark.parametrize("slots", [1, 8, 300])
 @pytest.mark.parametrize("skew", ["random", "one_expert", "one_adapter", "disabled"])

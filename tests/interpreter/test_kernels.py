@@ -194,6 +194,20 @@ def test_steps_of_lora_are_loaded_ahead(case: Case, sorts: bool, monkeypatch: py
         assert constants["AHEAD"]
 
 
+@pytest.mark.parametrize("rank", [8, 40])
+def test_narrow_tiles_in_deep_steps(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they take their weight where programs are neither few nor many, here with columns that no step divides."""
+    take(monkeypatch, False, True)
+    monkeypatch.setattr(config, "MULTIPROCESSORS", 0)
+    sizes = {"hidden_size": 300, "intermediate_size": 40}
+    inputs = make_inputs(Case(20, 2, 12, 4, rank, dtype=torch.float16, **sizes))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    product = plan.gate_up
+    constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
+    assert (constants["BLOCK_M"], constants["BLOCK_K"]) == (16, 256)
+
+
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("adapted", [("gate_up", "down"), ()], ids=["lora", "no_lora"])
 def test_gate_and_up_as_one_product(

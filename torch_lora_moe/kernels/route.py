@@ -1,6 +1,6 @@
 """Route: pairs ordered by (expert, slot) and the table of expert tiles, see ``routing`` for the layout.
 
-Up to some two thousand pairs `route_ranked` orders them in one launch: every program ranks its own pairs against all
+Up to a few thousand pairs `route_ranked` orders them in one launch: every program ranks its own pairs against all
 others, so there is no histogram over virtual experts and nothing to zero. Beyond that three launches: tokens ordered by
 slot, a histogram by expert for each chunk of that order, and a stable scatter. `cut_runs` then finds the runs of LoRA.
 
