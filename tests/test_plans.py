@@ -33,6 +33,20 @@ def test_a_descriptor_is_kept_for_its_address() -> None:
     assert plan._descriptor(1, weight, 640).base.data_ptr() == 640
 
 
+def test_a_launch_fuses_products_and_sums() -> None:
+    """It says so itself: Triton's default differs from version to version."""
+    from torch_lora_moe.plans import Plan
+
+    options = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *args, **given: options.append(given)
+
+    Plan(Kernel(), (1, 1, 1), {}, (2, 3))((torch.zeros(4),))
+    assert options == [{"num_warps": 2, "num_stages": 3, "enable_fp_fusion": True}]
+
+
 def test_programs_share_the_rows_of_long_runs() -> None:
     from torch_lora_moe.config import LaunchConfig, run_pieces
     from torch_lora_moe.launch import ShrinkPlan, run_programs

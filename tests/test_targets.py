@@ -15,6 +15,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from torch_lora_moe import launch, layer, plans, routing  # noqa: E402
@@ -45,7 +46,7 @@ class Compiler:
         constants = {(len(types) + i,): value for i, value in enumerate(plan.constants)}
         aligned = [i for i in range(plan.aligned) if i not in plan.matrices]
         source = ASTSource(plan.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-        options = {"num_warps": plan.options["num_warps"], "num_stages": plan.options["num_stages"]}
+        options = {name: plan.options[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
         compiled = triton.compile(source, target=self.target, options=options)
         name = plan.kernel.__name__
         self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
@@ -61,13 +62,13 @@ class Compiler:
         made = {f"{kernel}_param_{self.parameters[kernel].index(parameter)}"}
 
         def uses(line: str) -> bool:
-            return any(word in made for word in re.findall(r"%rd\d+|\w+_param_\d+", line))
+            return any(word in made for word in re.findall(r"%rd?\d+|\w+_param_\d+", line))
 
         before = 0
         while before < len(made):
             before = len(made)
             for line in lines:
-                target = re.match(r"\s*(?:@!?%p\d+ )?[\w.]+\s+(%rd\d+), (.*);", line)
+                target = re.match(r"\s*(?:@!?%p\d+ )?[\w.]+\s+(%rd?\d+), (.*);", line)
                 if target and "ld.global" not in line and uses(target[2]):
                     made.add(target[1])
         return next(i for i, line in enumerate(lines) if re.search(r"ld\.global|cp\.async\.", line) and uses(line))
@@ -80,7 +81,7 @@ class Compiler:
 def assembled(ptx: str, folder: Path) -> str:
     """What the assembler says about a kernel for compute capability 9.0."""
     (folder / "kernel.ptx").write_text(ptx)
-    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
+    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
 
 

@@ -123,7 +123,9 @@ class Plan:
         arguments: list[Any] = list(tensors)
         for index, block in self.matrices.items():
             arguments[index] = TensorDescriptor(**vars(descriptor(tensors[index], tensors[index], block)))
-        compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options)
+        # said here, because Triton's default is about to change
+        fused = {"enable_fp_fusion": True}
+        compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options, **fused)
         if not misalignment(*tensors[: self.aligned]):
             self.compiled = compiled
 
