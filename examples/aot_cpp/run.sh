@@ -5,6 +5,6 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-build/aot}
 python "$here/../export_aot.py" "$out"
 cmake -S "$here" -B "$out/cpp" -DCMAKE_BUILD_TYPE=Release \
-  -DCMAKE_PREFIX_PATH="$(python -c 'import torch; print(torch.utils.cmake_prefix_path)')"
+  -DTORCH_ROOT="$(python -c 'import torch; print(torch.__path__[0])')"
 cmake --build "$out/cpp" --parallel 2
 "$out/cpp/aot_block" "$out"
