@@ -12,7 +12,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(scope="session", autouse=True)
 def _comparisons_stay_bool() -> None:
-    """Triton's interpreter makes integers of a comparison of scalars that meets a block, and 3.9's takes no such mask."""
+    """Triton's interpreter makes integers of a comparison of scalars that meets a block; 3.9's takes no such mask."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     original = InterpreterBuilder.create_splat
