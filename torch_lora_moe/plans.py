@@ -123,7 +123,7 @@ class Plan:
         arguments: list[Any] = list(tensors)
         for index, block in self.matrices.items():
             arguments[index] = TensorDescriptor(**vars(descriptor(tensors[index], tensors[index], block)))
-        # said here, because Triton's default is about to change
+        # Triton 3.10 and later do not without being asked
         fused = {"enable_fp_fusion": True}
         compiled = self.kernel[self.grid](*arguments, *sizes, *self.constants, **self.options, **fused)
         if not misalignment(*tensors[: self.aligned]):
