@@ -25,6 +25,8 @@ from torch_lora_moe.config import (
     layer_shrink_config,
     preloaded_pairs,
     run_pieces,
+    streamed_ranks,
+    streamed_runs,
     vector_config,
 )
 from torch_lora_moe.routing import RUN_ROWS
@@ -239,16 +241,31 @@ def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
     assert columns(1, False) == 128
 
 
-def test_the_tallest_tiles_load_steps_of_lora_ahead() -> None:
-    def steps(rows: int, rank: int) -> tuple[int, bool]:
-        chosen = gate_up_config(Product(32768, rows, 300.0, 768, 2048, 2, rank, True, 8, 32.0), True)
-        return chosen.lora_columns, chosen.lora_ahead
+def test_lora_streams_but_in_the_lowest_tiles_of_few_ranks() -> None:
+    def streams(rows: int, rank: int) -> tuple[bool, bool]:
+        sizes, lora = (32768, rows, 300.0), (2, rank, True, 8, 32.0)
+        return tuple(  # type: ignore[return-value]
+            chosen.lora_streams and not chosen.lora_preload
+            for chosen in (
+                gate_up_config(Product(*sizes, 768, 2048, *lora), True),
+                down_config(Product(*sizes, 2048, 768, *lora)),
+            )
+        )
 
-    ahead = [(8, 64), (16, 64), (24, 32), (32, 32), (48, 64), (64, 64)]
-    assert [steps(128, rank) for rank, _ in ahead] == [(columns, True) for _, columns in ahead]
-    # ranks whose rows are no vectors, or that take several parts
-    assert not any(steps(128, rank)[1] for rank in (4, 12, 100, 128))
-    assert not any(steps(rows, rank)[1] for rows in (16, 32, 64) for rank in (16, 64))
+    assert all(streams(rows, rank) == (True, True) for rows in (32, 64, 128) for rank in (8, 16, 64, 128))
+    assert [streams(16, rank) for rank in (16, 32, 64)] == [(False, False), (False, False), (True, True)]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+@pytest.mark.parametrize("rank", [8, 16, 24, 64, 128])
+def test_runs_on_their_way_fit_where_the_base_product_has_its_stages(product: Product, rank: int) -> None:
+    for slices, chosen in ((2, gate_up_config(product, True)), (1, down_config(product))):
+        runs, ranks = streamed_runs(chosen, slices, rank), streamed_ranks(rank)
+        held = runs * slices * (chosen.block_m + chosen.block_n) * ranks
+        stages = chosen.num_stages * (chosen.block_m + slices * chosen.block_n) * chosen.block_k
+        assert ranks % 16 == 0
+        assert runs in (0, 2, 3, 4, 5)
+        assert held <= stages
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)

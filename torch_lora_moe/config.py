@@ -227,9 +227,9 @@ class TileConfig:
 
     A tile of the schedule that has more rows is cut into parts of ``block_m``.
     ``lora_columns`` columns of LoRA (slots times ranks) are taken in one step, ``lora_stages`` steps are on their way
-    at once. With ``lora_preload`` B of the first one is loaded before the base product, with ``lora_ahead`` (where
-    registers allow) that of each later one too before the products ahead of it. ``group_tiles`` go side by side through
-    the columns.
+    at once; with ``lora_preload`` B of the first one is loaded before the base product. With ``lora_streams`` LoRA goes
+    run by run instead, as the base product does through its stages, where the copy engine can bring B.
+    ``group_tiles`` go side by side through the columns.
     """
 
     block_m: int
@@ -240,7 +240,7 @@ class TileConfig:
     lora_columns: int = 64
     lora_stages: int = 1
     lora_preload: bool = False
-    lora_ahead: bool = False
+    lora_streams: bool = False
     group_tiles: int = 1
 
 
@@ -388,14 +388,14 @@ def down_config(product: Product) -> TileConfig:
             block_n = _columns(columns, 64)
         if block_n > 64 or product.rank > 32:
             # so much of B in registers would leave room for fewer programs side by side
-            lora = (min(64, lora[0]), lora[1], False, False)
+            lora = (min(64, lora[0]), lora[1], False, product.rank > 32)
         return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
         block_k = min(128 if product.inner >= 2048 else 64, deep)
         return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora)
     if rows == 64:
         block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
-        return TileConfig(rows, block_n, min(64, deep), 4, 4 if product.rank <= 16 else 3, *lora)
+        return TileConfig(rows, block_n, min(64, deep), 4, 3 if product.rank else 4, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
     if product.inner < 512 or (product.rank and (product.inner < 4096 or product.tiles * columns < 40000)):
         # two programs of a multiprocessor take turns at their ends and at their steps of LoRA; where the sum is long,
@@ -448,12 +448,13 @@ def _group_tiles(expert_bytes: int) -> int:
 
 
 def _lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool, bool]:
-    """Columns, stages, preload, ahead of LoRA: one slot in a step streams like the base weight and pays at high ranks.
+    """Columns, stages, preload, streams of LoRA: one slot in a step comes like the base weight, and pays at high ranks.
 
     Tiles of ``wide_rows`` rows have registers left for wide steps.
     """
-    columns, stages, preload, ahead = _most_lora_steps(product, wide_rows)
-    return _capped(columns, product), stages, preload, ahead
+    columns, stages, preload = _most_lora_steps(product, wide_rows)
+    # low tiles have few slots, which come sooner all at once
+    return _capped(columns, product), stages, preload, not preload
 
 
 def _capped(columns: int, product: Product) -> int:
@@ -462,14 +463,29 @@ def _capped(columns: int, product: Product) -> int:
     return min(columns, max(16, slots)) if product.has_runs else columns
 
 
-def _most_lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool, bool]:
-    if product.rows == 128 and product.rank <= 64 and product.rank % 8 == 0:
-        # the tallest tiles have little beside them that would hide a step's loads; one slot of 32 ranks needs no masks
-        return (32 if 16 < product.rank <= 32 else 64), (2 if product.rank > 32 else 1), False, True
+def _most_lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool]:
     # where few pairs share an expert, a tile has few slots
     few = product.rows == 16 and product.pairs < 1.5 * product.tiles
     if product.rank > 64 or (product.rank > 32 and not few):
-        return 64, 2, False, False
+        return 64, 2, False
     if product.rows > 16:
-        return (128 if product.rows == wide_rows else 64), 1, False, False
-    return (32 if few and product.rank <= 16 else 128), 1, True, False
+        return (128 if product.rows == wide_rows else 64), 1, False
+    return (32 if few and product.rank <= 16 else 128), 1, True
+
+
+def streamed_ranks(rank: int) -> int:
+    """Ranks of a run that are one step of a product, where runs stream."""
+    return min(64, max(16, power_of_two(rank)))
+
+
+def streamed_runs(config: TileConfig, num_slices: int, rank: int) -> int:
+    """Runs whose rank vectors and B are on their way at once: those that fit where the base product has its stages.
+
+    0 where there would be but one, which hides nothing.
+    """
+    run = num_slices * (config.block_m + config.block_n) * streamed_ranks(rank)
+    stage = (config.block_m + num_slices * config.block_n) * config.block_k
+    # the compiler holds one stage less of products that no warp group does
+    held = 0 if config.block_m >= 64 else 1
+    runs = min(5, (config.num_stages - held) * stage // run + held)
+    return runs if runs > 1 else 0

@@ -30,6 +30,8 @@ from torch_lora_moe.config import (
     power_of_two,
     preloaded_pairs,
     shared_memory,
+    streamed_ranks,
+    streamed_runs,
     vector_config,
 )
 from torch_lora_moe.kernels import down, gate_up, matvec
@@ -102,14 +104,24 @@ class TilePlan:
         grid = (num_tokens, -(-self.hidden // block), 1)
         self.sum = Plan(down.sum_pairs, grid, constants, (4, 1), pdl, aligned=3)
 
-    def _tiles(self, config: TileConfig, rank: int, planes: int, shared: bool, tma: bool) -> dict[str, Any]:
+    def _streamed(self, config: TileConfig, b: Tensor | None, planes: int, slices: int, tma: bool) -> int:
+        """Runs on their way at once where LoRA streams, else 0."""
+        if b is None or planes > 1 or not (tma and self.has_runs and config.lora_streams):
+            return 0
+        return streamed_runs(config, slices, b.shape[3]) if _is_matrix(b.flatten(1, 2), 8) else 0
+
+    def _tiles(self, config: TileConfig, b: Tensor | None, planes: int, slices: int, tma: bool) -> dict[str, Any]:
+        rank, stream = 0 if b is None else b.shape[3], self._streamed(config, b, planes, slices, tma)
         # fewer than 8 columns of a slot are no vector that a tensor core takes
         ranks = max(8, min(64, config.lora_columns, power_of_two(rank))) if rank else 16
+        groups = max(1, config.lora_columns // ranks)
+        if stream:
+            ranks, groups = streamed_ranks(rank), 1
         return {
             "RANK": rank,
             "NUM_PLANES": planes,
-            "SHARED": shared,
-            "GROUPS": max(1, config.lora_columns // ranks),
+            "SHARED": b is not None and b.shape[1] < self.num_experts,
+            "GROUPS": groups,
             "BLOCK_R": ranks,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -119,10 +131,9 @@ class TilePlan:
             "HALVES": config.block_m == 128,
             "HAS_RUNS": self.has_runs,
             "IN_ORDER": self.in_order,
-            "PRELOAD": config.lora_preload and 0 < rank <= ranks,
-            # without the copy engine addresses take the registers
-            "AHEAD": tma and config.lora_ahead and 0 < rank <= ranks,
-            "LORA_STAGES": config.lora_stages,
+            "PRELOAD": config.lora_preload and 0 < rank <= ranks and not stream,
+            "STREAM": stream,
+            "LORA_STAGES": 1 if stream else config.lora_stages,
             "TMA": tma,
         }
 
@@ -163,14 +174,16 @@ class TilePlan:
             "INTERLEAVED": call.interleaved,
             "ACTIVATION": call.activation,
             "HAS_BIAS": call.w13_bias is not None,
-            **self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma),
+            **self._tiles(config, b if rank else None, planes, call.num_slices, tma),
             "JOINT": joint,
             "EARLY": shrink is not None,
             "PDL": pdl,
         }
         grid = self._grid(-(-self.inner // config.block_n), config)
         options = (config.num_warps, config.num_stages)
-        matrices = {1: [*([2] if joint else []), width, config.block_k]} if tma else None
+        matrices = {1: [*([2] if joint else []), width, config.block_k]} if tma else {}
+        if constants["STREAM"]:
+            matrices[7] = [config.block_n, constants["BLOCK_R"]]
         return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def _down(self, call: FusedArguments, pdl: bool) -> Plan:
@@ -182,7 +195,7 @@ class TilePlan:
         # what a tensor descriptor can stand for: at least one block, rows in steps of 16 bytes
         is_matrix = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
         h_tma = tma and self.in_order and is_matrix
-        shape = self._tiles(config, rank, planes, b is not None and b.shape[1] < self.num_experts, tma)
+        shape = self._tiles(config, b if rank else None, planes, 1, tma)
         constants = {
             **_strides(w),
             "IN": self.inner,
@@ -197,6 +210,8 @@ class TilePlan:
         matrices = {1: [config.block_n, config.block_k]} if tma else {}
         if h_tma:
             matrices[8] = [config.block_m, config.block_k]
+        if constants["STREAM"]:
+            matrices[9] = [config.block_n, constants["BLOCK_R"]]
         return Plan(down.down_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def __call__(self, call: FusedArguments) -> Tensor:
@@ -213,12 +228,12 @@ class TilePlan:
             shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, schedule), call.gate_up_b
         bias = call.w13 if call.w13_bias is None else call.w13_bias
         sizes = (self.num_pairs, self.top_k, self.num_experts, call.swiglu_alpha, call.swiglu_limit)
-        self.gate_up((x, call.w13, bias, h, shrunk, b, schedule), *sizes)
+        self.gate_up((x, call.w13, bias, h, shrunk, b, schedule, b), *sizes)
         shrunk, b = h, call.w2
         if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
             shrunk, b = self.down_shrink(call, h, call.down_a, schedule), call.down_b
         bias = call.w2 if call.w2_bias is None else call.w2_bias
-        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h)
+        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h, b)
         self.down(tensors, self.num_pairs, self.num_experts)
         self.sum((y, ids, out), call.routed_scaling_factor, self.num_experts)
         return out
@@ -347,7 +362,8 @@ def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
     # a weight that does not start at a multiple of 16 bytes takes other kernels
-    key = (misalignment(call.w13, call.w2), *(like(value) if isinstance(value, Tensor) else value for value in call))
+    weights = [w for w in (call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
+    key = (misalignment(*weights), *(like(value) if isinstance(value, Tensor) else value for value in call))
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)

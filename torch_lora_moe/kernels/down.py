@@ -10,8 +10,11 @@ from .tiles import (
     load_shrunk,
     load_tile,
     load_weight,
+    matrix_of_run,
+    not_all_finite,
     part_of_tile,
     place,
+    runs_of_rows,
     slots_of_tile,
     take_slots,
 )
@@ -28,6 +31,7 @@ def _down_tile(
     topk_weights,
     shrunk,
     b,
+    b_matrix,
     block,
     expert,
     start,
@@ -51,13 +55,13 @@ def _down_tile(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STREAM: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``BLOCK_N`` columns of the weighted output of one tile."""
+    """``BLOCK_N`` columns of the weighted output of one tile; returns what `_gate_up_tile` does."""
     local = tl.arange(0, BLOCK_M)
     there = local < count
     pairs = tl.load(schedule + start + local, mask=there, other=0)
@@ -65,7 +69,7 @@ def _down_tile(
     scale = tl.load(topk_weights + pairs, mask=there, other=0.0).to(tl.float32)
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
-        if PRELOAD or AHEAD:
+        if PRELOAD:
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
@@ -91,18 +95,19 @@ def _down_tile(
             s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
-        if AHEAD:
-            # of a `for` loop ptxas spills registers
-            slot = begin
-            while slot < end:
-                s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
-                slot += GROUPS
-                own, matrix = take_slots(
-                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
-                )
-                later_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
-                acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
-                early_b = later_b
+        if STREAM:
+            runs, r = runs_of_rows(schedule, start, count, num_pairs, BLOCK_M), tl.arange(0, BLOCK_R)
+            rows = shrunk + pairs.to(tl.int64)[:, None] * RANK + r[None, :]
+            parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+            matrix = matrix_of_run(schedule, begin, end, num_pairs, num_experts, SHARED)
+            for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
+                run, part = step // parts, step % parts * BLOCK_R
+                b_row = matrix * OUT + block * BLOCK_N
+                matrix = matrix_of_run(schedule, (step + 1) // parts, end, num_pairs, num_experts, SHARED)
+                mine = (runs == run)[:, None]
+                if RANK % BLOCK_R != 0:
+                    mine = mine & (part + r < RANK)[None, :]
+                acc = fma(acc, tl.load(rows + part, mask=mine, other=0.0), b_matrix.load([b_row, part]), there)
         else:
             for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
                 mine, matrix = take_slots(
@@ -112,9 +117,11 @@ def _down_tile(
                     s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
                     right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
                     acc = fma(acc, s, join_b(right, GROUPS, BLOCK_R), there)
+    again = not_all_finite(acc) if STREAM else False
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
     tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)
+    return again
 
 
 @triton.jit(
@@ -131,6 +138,7 @@ def down_tiles(
     schedule,
     topk_weights,
     h_matrix,
+    b_matrix,
     num_pairs,
     num_experts,
     STRIDE_E: tl.constexpr,
@@ -153,7 +161,7 @@ def down_tiles(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STREAM: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
@@ -171,7 +179,7 @@ def down_tiles(
     start, count = part_of_tile(start, count, tile, PARTS, BLOCK_M)
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:
-            _down_tile(
+            again = _down_tile(
                 h,
                 h_matrix,
                 w,
@@ -181,6 +189,7 @@ def down_tiles(
                 topk_weights,
                 shrunk,
                 b,
+                b_matrix,
                 block,
                 expert,
                 start,
@@ -204,14 +213,14 @@ def down_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
-                AHEAD,
+                STREAM,
                 LORA_STAGES,
                 TMA,
                 False,
                 PDL,
             )
         else:
-            _down_tile(
+            again = _down_tile(
                 h,
                 h_matrix,
                 w,
@@ -221,6 +230,7 @@ def down_tiles(
                 topk_weights,
                 shrunk,
                 b,
+                b_matrix,
                 block,
                 expert,
                 start,
@@ -244,12 +254,57 @@ def down_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
-                AHEAD,
+                STREAM,
                 LORA_STAGES,
                 TMA,
                 H_TMA,
                 PDL,
             )
+        if STREAM and again:
+            # in low steps: what is hardly ever done must not need more registers
+            rows: tl.constexpr = BLOCK_M // 2 if HALVES else BLOCK_M
+            tl.debug_barrier()
+            for skipped in range(0, count, rows):
+                _down_tile(
+                    h,
+                    h_matrix,
+                    w,
+                    bias,
+                    out,
+                    schedule,
+                    topk_weights,
+                    shrunk,
+                    b,
+                    b_matrix,
+                    block,
+                    expert,
+                    start + skipped,
+                    tl.minimum(count - skipped, rows),
+                    num_pairs,
+                    num_experts,
+                    STRIDE_E,
+                    STRIDE_N,
+                    STRIDE_I,
+                    IN,
+                    OUT,
+                    HAS_BIAS,
+                    RANK,
+                    NUM_PLANES,
+                    SHARED,
+                    GROUPS,
+                    16,
+                    rows,
+                    BLOCK_N,
+                    BLOCK_K,
+                    HAS_RUNS,
+                    IN_ORDER,
+                    PRELOAD,
+                    0,
+                    LORA_STAGES,
+                    TMA,
+                    False,
+                    PDL,
+                )
     else:
         wait_for_producer(PDL)
 

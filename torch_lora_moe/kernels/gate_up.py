@@ -13,8 +13,11 @@ from .tiles import (
     load_b,
     load_shrunk,
     load_weight,
+    matrix_of_run,
+    not_all_finite,
     part_of_tile,
     place,
+    runs_of_rows,
     slots_of_tile,
     take_slots,
 )
@@ -42,6 +45,7 @@ def _gate_up_tile(
     schedule,
     shrunk,
     b,
+    b_matrix,
     block,
     expert,
     start,
@@ -72,14 +76,18 @@ def _gate_up_tile(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STREAM: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``BLOCK_N`` columns of the activation of one tile."""
+    """``BLOCK_N`` columns of the activation of one tile.
+
+    Returns whether they are to be computed again without ``STREAM``: something that is no number, which may be B of
+    other rows' adapters, met rows that it must not reach.
+    """
     local = tl.arange(0, BLOCK_M)
     there = local < count
     pairs = tl.load(schedule + start + local, mask=there, other=0)
@@ -90,7 +98,7 @@ def _gate_up_tile(
 
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
-        if PRELOAD or AHEAD:
+        if PRELOAD:
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
@@ -142,26 +150,23 @@ def _gate_up_tile(
                 up = fma(up, up_s, join_b(early_up_b, GROUPS, BLOCK_R), there)
             gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
-        if AHEAD:
-            # of a `for` loop ptxas spills registers
-            slot = begin
-            while slot < end:
-                s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
+        if STREAM:
+            runs, r = runs_of_rows(schedule, start, count, num_pairs, BLOCK_M), tl.arange(0, BLOCK_R)
+            rows = shrunk + pairs.to(tl.int64)[:, None] * (slices * RANK) + r[None, :]
+            parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
+            matrix = matrix_of_run(schedule, begin, end, num_pairs, num_experts, SHARED)
+            for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
+                run, part = step // parts, step % parts * BLOCK_R
+                b_row = matrix * out_size + block * BLOCK_N
+                matrix = matrix_of_run(schedule, (step + 1) // parts, end, num_pairs, num_experts, SHARED)
+                mine = (runs == run)[:, None]
+                if RANK % BLOCK_R != 0:
+                    mine = mine & (part + r < RANK)[None, :]
                 if IS_GATED:
-                    up_s = load_shrunk(
-                        shrunk, b, pairs, own, 0, num_pairs, 1, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R
-                    )
-                slot += GROUPS
-                own, matrix = take_slots(
-                    slot, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
-                )
-                later_gate_b = load_b(b, matrix, n, 0, 0, slices, SLICE, RANK, GROUPS, BLOCK_R)
-                if IS_GATED:
-                    later_up_b = load_b(b, matrix, n, 0, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
-                    up = fma(up, up_s, join_b(early_up_b, GROUPS, BLOCK_R), there)
-                    early_up_b = later_up_b
-                gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
-                early_gate_b = later_gate_b
+                    up_s = tl.load(rows + part + RANK, mask=mine, other=0.0)
+                    up = fma(up, up_s, b_matrix.load([b_row + SLICE, part]), there)
+                s = tl.load(rows + part, mask=mine, other=0.0)
+                gate = fma(gate, s, b_matrix.load([b_row, part]), there)
         else:
             for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
                 mine, matrix = take_slots(
@@ -177,11 +182,13 @@ def _gate_up_tile(
                         up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
                         up = fma(up, up_s, join_b(up_b, GROUPS, BLOCK_R), there)
                     gate = fma(gate, s, join_b(gate_b, GROUPS, BLOCK_R), there)
+    again = not_all_finite(gate + up) if STREAM else False
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     out_rows = start + local if IN_ORDER else pairs
     target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]
     mask = there[:, None] if SLICE % BLOCK_N == 0 else there[:, None] & (n < SLICE)[None, :]
     tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+    return again
 
 
 @triton.jit(
@@ -196,6 +203,7 @@ def gate_up_tiles(
     shrunk,
     b,
     schedule,
+    b_matrix,
     num_pairs,
     pairs_per_row,
     num_experts,
@@ -225,7 +233,7 @@ def gate_up_tiles(
     HAS_RUNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     PRELOAD: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STREAM: tl.constexpr,
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
@@ -253,7 +261,7 @@ def gate_up_tiles(
     # all three in the condition, so that none of them is loaded after the others
     if (expert >= 0) & (start >= 0) & (count > 0):
         if HALVES and count <= BLOCK_M // 2:
-            _gate_up_tile(
+            again = _gate_up_tile(
                 x,
                 w,
                 bias,
@@ -261,6 +269,7 @@ def gate_up_tiles(
                 schedule,
                 shrunk,
                 b,
+                b_matrix,
                 block,
                 expert,
                 start,
@@ -291,7 +300,7 @@ def gate_up_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
-                AHEAD,
+                STREAM,
                 LORA_STAGES,
                 TMA,
                 JOINT,
@@ -299,7 +308,7 @@ def gate_up_tiles(
                 PDL,
             )
         else:
-            _gate_up_tile(
+            again = _gate_up_tile(
                 x,
                 w,
                 bias,
@@ -307,6 +316,7 @@ def gate_up_tiles(
                 schedule,
                 shrunk,
                 b,
+                b_matrix,
                 block,
                 expert,
                 start,
@@ -337,13 +347,64 @@ def gate_up_tiles(
                 HAS_RUNS,
                 IN_ORDER,
                 PRELOAD,
-                AHEAD,
+                STREAM,
                 LORA_STAGES,
                 TMA,
                 JOINT,
                 EARLY,
                 PDL,
             )
+        if STREAM and again:
+            # in low steps: what is hardly ever done must not need more registers
+            rows: tl.constexpr = BLOCK_M // 2 if HALVES else BLOCK_M
+            tl.debug_barrier()
+            for skipped in range(0, count, rows):
+                _gate_up_tile(
+                    x,
+                    w,
+                    bias,
+                    out,
+                    schedule,
+                    shrunk,
+                    b,
+                    b_matrix,
+                    block,
+                    expert,
+                    start + skipped,
+                    tl.minimum(count - skipped, rows),
+                    num_pairs,
+                    pairs_per_row,
+                    num_experts,
+                    swiglu_alpha,
+                    swiglu_limit,
+                    STRIDE_X,
+                    STRIDE_E,
+                    STRIDE_N,
+                    STRIDE_I,
+                    IN,
+                    SLICE,
+                    IS_GATED,
+                    INTERLEAVED,
+                    ACTIVATION,
+                    HAS_BIAS,
+                    RANK,
+                    NUM_PLANES,
+                    SHARED,
+                    GROUPS,
+                    16,
+                    rows,
+                    BLOCK_N,
+                    BLOCK_K,
+                    HAS_RUNS,
+                    IN_ORDER,
+                    PRELOAD,
+                    0,
+                    LORA_STAGES,
+                    TMA,
+                    JOINT,
+                    EARLY,
+                    PDL,
+                )
     # a program without a tile waits too, so that the end of this kernel means the end of the one before
     if EARLY:
         wait_for_producer(PDL)

@@ -89,6 +89,28 @@ def slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr):
 
 
 @triton.jit
+def runs_of_rows(schedule, start, count, num_pairs, BLOCK_M: tl.constexpr):
+    """The run of each row of a tile, -1 for one without LoRA."""
+    local, stride = tl.arange(0, BLOCK_M), num_pairs + 1
+    there = local < count
+    adapted = tl.load(schedule + stride + start + local, mask=there, other=-1) >= 0
+    return tl.where(adapted, tl.load(schedule + 8 * stride + start + local, mask=there, other=-1), -1)
+
+
+@triton.jit
+def matrix_of_run(schedule, run, end, num_pairs, num_experts, SHARED: tl.constexpr):
+    """The index of a run's matrix, 0 from ``end`` on."""
+    virtual = tl.load(schedule + 5 * (num_pairs + 1) + run, mask=run < end, other=0)
+    return virtual // num_experts if SHARED else virtual
+
+
+@triton.jit
+def not_all_finite(values):
+    """Whether one of them is NaN or infinite: all others times zero are zero."""
+    return tl.sum(values * 0.0) != 0.0
+
+
+@triton.jit
 def take_slots(
     slot,
     end,
