@@ -212,9 +212,9 @@ def test_two_programs_of_a_multiprocessor_take_turns_at_short_sums_and_at_lora()
 def test_tiles_with_much_lora_are_cut() -> None:
     """Qwen3-30B-A3B, 4,096 tokens: by the work of LoRA beside that of the base product."""
 
-    def rows(slots: int, rank: int) -> tuple[int, int]:
+    def rows(slots: int, rank: int, streams: bool = False) -> tuple[int, int]:
         sizes = (32768, 128, 256.0)
-        lora = (2, rank, rank > 0, slots, 256 / slots)
+        lora = (2, rank, rank > 0, slots, 256 / slots, streams)
         return gate_up_config(Product(*sizes, 768, 2048, *lora), True).block_m, down_config(
             Product(*sizes, 2048, 768, *lora)
         ).block_m
@@ -224,13 +224,16 @@ def test_tiles_with_much_lora_are_cut() -> None:
     assert rows(16, 96) == (64, 64)
     # hardly two rows of a tile share a slot
     assert rows(256, 64) == (64, 32)
+    # what streams is bound by the bytes of B
+    assert rows(32, 64, True) == rows(256, 64, True) == (128, 128)
 
 
 def test_tiles_with_much_lora_leave_room_for_others() -> None:
-    def stages(slots: int) -> int:
-        return gate_up_config(Product(960, 32, 40.0, 512, 1536, 2, 64, True, slots, 24 / slots), True).num_stages
+    def stages(slots: int, streams: bool = False) -> int:
+        lora = (64, True, slots, 24 / slots, streams)
+        return gate_up_config(Product(960, 32, 40.0, 512, 1536, 2, *lora), True).num_stages
 
-    assert (stages(8), stages(64)) == (3, 2)
+    assert (stages(8), stages(64), stages(64, True)) == (3, 2, 3)
 
 
 def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
@@ -241,19 +244,20 @@ def test_a_step_of_lora_is_no_wider_than_the_slots_are_many() -> None:
     assert columns(1, False) == 128
 
 
-def test_lora_streams_but_in_the_lowest_tiles_of_few_ranks() -> None:
-    def streams(rows: int, rank: int) -> tuple[bool, bool]:
-        sizes, lora = (32768, rows, 300.0), (2, rank, True, 8, 32.0)
-        return tuple(  # type: ignore[return-value]
-            chosen.lora_streams and not chosen.lora_preload
-            for chosen in (
-                gate_up_config(Product(*sizes, 768, 2048, *lora), True),
-                down_config(Product(*sizes, 2048, 768, *lora)),
-            )
-        )
+def test_lora_streams_but_in_the_lowest_tiles() -> None:
+    def streams(rows: int, rank: int, has_runs: bool = True, can: bool = True) -> list[bool]:
+        lora = (2, rank, has_runs, 8, 32.0, can)
+        up = gate_up_config(Product(32768, rows, 300.0, 768, 2048, *lora), True)
+        down = down_config(Product(32768, rows, 300.0, 2048, 768, *lora))
+        assert not any(tile.lora_streams and tile.lora_preload for tile in (up, down))
+        return [up.lora_streams, down.lora_streams]
 
-    assert all(streams(rows, rank) == (True, True) for rows in (32, 64, 128) for rank in (8, 16, 64, 128))
-    assert [streams(16, rank) for rank in (16, 32, 64)] == [(False, False), (False, False), (True, True)]
+    assert all(streams(rows, rank) == [True, True] for rows in (32, 64, 128) for rank in (8, 16, 64, 128))
+    # of the lowest tiles only down's of high ranks, with runs or where each row is one
+    for has_runs in (False, True):
+        assert [streams(16, rank, has_runs) for rank in (16, 32, 64)] == [[False] * 2, [False] * 2, [False, True]]
+    assert streams(32, 64, False) == [False, False]
+    assert not any(any(streams(rows, 64, has_runs, False)) for rows in (16, 64) for has_runs in (False, True))
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)

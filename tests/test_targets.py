@@ -148,6 +148,8 @@ def test_hopper(compiler: Compiler, num_tokens: int, rank: int, tmp_path: Path) 
             notes = assembled(compiler.ptx[name], tmp_path)
             assert "registers" in notes
             assert "serialized" not in notes
+            # nor do steps of LoRA take so many registers that others go to memory
+            assert rank != 16 or "0 bytes spill stores" in notes
     assert all("griddepcontrol.wait" in ptx for ptx in compiler.ptx.values())
 
 

@@ -206,7 +206,7 @@ class Product:
 
     ``pairs`` in all, ``rows`` of them to a tile and ``tiles`` (expected), ``columns`` of the output (of the activation
     for gate_up), ``inner`` summed elements of ``itemsize`` bytes, the ``rank`` of LoRA (0: none), whether the schedule
-    has runs, of how many adapter ``slots``, and the average rows of a run.
+    has runs, of how many adapter ``slots``, the average rows of a run, and whether the copy engine can bring B.
     """
 
     pairs: int
@@ -219,6 +219,7 @@ class Product:
     has_runs: bool
     slots: int
     run_rows: float
+    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,7 @@ def gate_up_config(product: Product, is_gated: bool) -> TileConfig:
         return _narrow_gate_up_config(product, wide, deep, lora)
     if rows == 32:
         # deep steps: half as many turns, and so barriers, for the same bytes; much LoRA needs other programs beside
-        stages = 2 if _share_of_lora(product) > 0.6 else 3
+        stages = 2 if _share_of_lora(product) > 0.6 and not product.streams else 3
         return TileConfig(rows, _columns(columns, 64 * wide), min(128, deep), 4, stages, *lora)
     if rows == 64:
         return TileConfig(rows, _columns(columns, 64 * wide), min(64, deep), 4, 3, *lora)
@@ -361,9 +362,9 @@ def _cut(product: Product, most: float, lowest: int) -> Product:
     """``product`` with tiles of half the rows, down to ``lowest``, while LoRA is more than ``most`` of the product.
 
     Each slot of a tile is a product over all of its rows, so half as many rows are half the work; but they read the
-    base weight once more, so each time twice as much must be to gain.
+    base weight once more, so each time twice as much must be to gain. Where LoRA streams, B is what takes the time.
     """
-    while product.rows > lowest and _share_of_lora(product) > most * 128 / product.rows:
+    while not product.streams and product.rows > lowest and _share_of_lora(product) > most * 128 / product.rows:
         rows = product.rows // 2
         product = replace(product, rows=rows, tiles=max(product.tiles, product.pairs / rows))
     return product
@@ -388,13 +389,13 @@ def down_config(product: Product) -> TileConfig:
             block_n = _columns(columns, 64)
         if block_n > 64 or product.rank > 32:
             # so much of B in registers would leave room for fewer programs side by side
-            lora = (min(64, lora[0]), lora[1], False, product.rank > 32)
+            lora = (min(64, lora[0]), lora[1], False, product.streams and product.rank > 32)
         return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
     if rows == 32:
         block_k = min(128 if product.inner >= 2048 else 64, deep)
         return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora)
     if rows == 64:
-        block_n = _columns(columns, 64 if 16 < product.rank <= 32 else 128)
+        block_n = _columns(columns, 64 if 16 < product.rank <= 32 and not product.streams else 128)
         return TileConfig(rows, block_n, min(64, deep), 4, 3 if product.rank else 4, *lora)
     group = _group_tiles(product.columns * product.inner * product.itemsize)
     if product.inner < 512 or (product.rank and (product.inner < 4096 or product.tiles * columns < 40000)):
@@ -453,8 +454,9 @@ def _lora_steps(product: Product, wide_rows: int) -> tuple[int, int, bool, bool]
     Tiles of ``wide_rows`` rows have registers left for wide steps.
     """
     columns, stages, preload = _most_lora_steps(product, wide_rows)
-    # low tiles have few slots, which come sooner all at once
-    return _capped(columns, product), stages, preload, not preload
+    # the lowest tiles have few slots, which come sooner all at once, as do rows that each are a slot
+    streams = product.streams and product.has_runs and product.rows > 16
+    return _capped(columns, product), stages, preload, streams
 
 
 def _capped(columns: int, product: Product) -> int:

@@ -104,14 +104,12 @@ class TilePlan:
         grid = (num_tokens, -(-self.hidden // block), 1)
         self.sum = Plan(down.sum_pairs, grid, constants, (4, 1), pdl, aligned=3)
 
-    def _streamed(self, config: TileConfig, b: Tensor | None, planes: int, slices: int, tma: bool) -> int:
+    def _streamed(self, config: TileConfig, b: Tensor | None, slices: int, tma: bool) -> int:
         """Runs on their way at once where LoRA streams, else 0."""
-        if b is None or planes > 1 or not (tma and self.has_runs and config.lora_streams):
-            return 0
-        return streamed_runs(config, slices, b.shape[3]) if _is_matrix(b.flatten(1, 2), 8) else 0
+        return streamed_runs(config, slices, b.shape[3]) if tma and b is not None and config.lora_streams else 0
 
     def _tiles(self, config: TileConfig, b: Tensor | None, planes: int, slices: int, tma: bool) -> dict[str, Any]:
-        rank, stream = 0 if b is None else b.shape[3], self._streamed(config, b, planes, slices, tma)
+        rank, stream = 0 if b is None else b.shape[3], self._streamed(config, b, slices, tma)
         # fewer than 8 columns of a slot are no vector that a tensor core takes
         ranks = max(8, min(64, config.lora_columns, power_of_two(rank))) if rank else 16
         groups = max(1, config.lora_columns // ranks)
@@ -150,16 +148,18 @@ class TilePlan:
         parts = self._parts(config)
         return (blocks, parts, 1) if config.group_tiles == 1 else (blocks * parts, 1, 1)
 
-    def _product(self, w: Tensor, columns: int, rank: int) -> Product:
+    def _product(self, w: Tensor, b: Tensor | None, columns: int, planes: int, pdl: bool) -> Product:
+        rank = 0 if b is None else b.shape[3]
+        streams = pdl and planes == 1 and b is not None and _is_matrix(b.flatten(1, 2), 8)
         tiles = expected_tiles(self.num_pairs, self.num_experts, self.rows)
         size, slots = w.element_size(), max(1, self.max_loras)
         sizes = (self.num_pairs, self.rows, tiles, columns, w.shape[2], size, rank, self.has_runs, slots)
-        return Product(*sizes, self.num_pairs / (self.num_experts * slots))
+        return Product(*sizes, self.num_pairs / (self.num_experts * slots), streams)
 
     def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
-        w, b, shrink = call.w13, call.gate_up_b, self.gate_up_shrink
-        rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
-        config = gate_up_config(self._product(w, self.inner, rank), call.is_gated)
+        w, b, planes = call.w13, call.gate_up_b, 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes
+        rank = 0 if b is None else b.shape[3]
+        config = gate_up_config(self._product(w, b, self.inner, planes, pdl), call.is_gated)
         config = self._fitted(config, config.block_n * call.num_slices, rank, w)
         width = config.block_n * (2 if call.interleaved else 1)
         tma = pdl and _is_matrix(w, config.block_k)
@@ -174,9 +174,9 @@ class TilePlan:
             "INTERLEAVED": call.interleaved,
             "ACTIVATION": call.activation,
             "HAS_BIAS": call.w13_bias is not None,
-            **self._tiles(config, b if rank else None, planes, call.num_slices, tma),
+            **self._tiles(config, b, planes, call.num_slices, tma),
             "JOINT": joint,
-            "EARLY": shrink is not None,
+            "EARLY": self.gate_up_shrink is not None,
             "PDL": pdl,
         }
         grid = self._grid(-(-self.inner // config.block_n), config)
@@ -187,15 +187,15 @@ class TilePlan:
         return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
 
     def _down(self, call: FusedArguments, pdl: bool) -> Plan:
-        w, b, shrink = call.w2, call.down_b, self.down_shrink
-        rank, planes = (b.shape[3], shrink.planes) if b is not None and shrink is not None else (0, 1)
-        config = down_config(self._product(w, self.hidden, rank))
+        w, b, planes = call.w2, call.down_b, 1 if self.down_shrink is None else self.down_shrink.planes
+        rank = 0 if b is None else b.shape[3]
+        config = down_config(self._product(w, b, self.hidden, planes, pdl))
         config = self._fitted(config, config.block_n, rank, w)
         tma = pdl and _is_matrix(w, config.block_k)
         # what a tensor descriptor can stand for: at least one block, rows in steps of 16 bytes
-        is_matrix = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
-        h_tma = tma and self.in_order and is_matrix
-        shape = self._tiles(config, b if rank else None, planes, 1, tma)
+        fits = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
+        h_tma = tma and self.in_order and fits
+        shape = self._tiles(config, b, planes, 1, tma)
         constants = {
             **_strides(w),
             "IN": self.inner,
@@ -362,8 +362,11 @@ def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
     # a weight that does not start at a multiple of 16 bytes takes other kernels
-    weights = [w for w in (call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
-    key = (misalignment(*weights), *(like(value) if isinstance(value, Tensor) else value for value in call))
+    lora = (call.gate_up_a, call.gate_up_b, call.down_a, call.down_b)
+    key = (
+        misalignment(call.w13, call.w2, *[w for w in lora if w is not None]),
+        *(like(value) if isinstance(value, Tensor) else value for value in call),
+    )
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)

@@ -169,7 +169,7 @@ def test_tall_tiles(case: Case, rows: int, sorts: bool, monkeypatch: pytest.Monk
 
 def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA run by run, as where the copy engine brings B."""
-    monkeypatch.setattr(layer.TilePlan, "_streamed", lambda plan, tile, b, *rest: 3 if b is not None else 0)
+    monkeypatch.setattr(layer.TilePlan, "_streamed", lambda plan, tile, b, *rest: 0 if b is None else 3)
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
@@ -185,8 +185,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["rank_16", "rank_24", "plain", "rank_64", "rank_72", "no_adapter"],
 )
-def test_lora_run_by_run(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    take(monkeypatch, True, True)
+def test_lora_run_by_run(case: Case, rows: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     monkeypatch.setattr(config, "_cut", lambda product, *limits: product)
@@ -377,7 +376,6 @@ def test_each_token_is_isolated_from_other_slots(
 ) -> None:
     """All other slots NaN or infinite, in tiles and batches that they share, leaves every bit."""
     if streams:
-        take(monkeypatch, True, True)
         stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     mapping = (0, 1, 2, -1) * 6

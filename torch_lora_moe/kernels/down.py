@@ -96,14 +96,16 @@ def _down_tile(
             acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if STREAM:
-            runs, r = runs_of_rows(schedule, start, count, num_pairs, BLOCK_M), tl.arange(0, BLOCK_R)
+            runs, r = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M), tl.arange(0, BLOCK_R)
             rows = shrunk + pairs.to(tl.int64)[:, None] * RANK + r[None, :]
             parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-            matrix = matrix_of_run(schedule, begin, end, num_pairs, num_experts, SHARED)
+            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
             for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
                 run, part = step // parts, step % parts * BLOCK_R
                 b_row = matrix * OUT + block * BLOCK_N
-                matrix = matrix_of_run(schedule, (step + 1) // parts, end, num_pairs, num_experts, SHARED)
+                matrix = matrix_of_run(
+                    schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
+                )
                 mine = (runs == run)[:, None]
                 if RANK % BLOCK_R != 0:
                     mine = mine & (part + r < RANK)[None, :]
@@ -117,7 +119,7 @@ def _down_tile(
                     s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
                     right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
                     acc = fma(acc, s, join_b(right, GROUPS, BLOCK_R), there)
-    again = not_all_finite(acc) if STREAM else False
+    again = not_all_finite(acc, there) if STREAM else False
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
     tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -151,14 +151,16 @@ def _gate_up_tile(
             gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if STREAM:
-            runs, r = runs_of_rows(schedule, start, count, num_pairs, BLOCK_M), tl.arange(0, BLOCK_R)
+            runs, r = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M), tl.arange(0, BLOCK_R)
             rows = shrunk + pairs.to(tl.int64)[:, None] * (slices * RANK) + r[None, :]
             parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-            matrix = matrix_of_run(schedule, begin, end, num_pairs, num_experts, SHARED)
+            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
             for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
                 run, part = step // parts, step % parts * BLOCK_R
                 b_row = matrix * out_size + block * BLOCK_N
-                matrix = matrix_of_run(schedule, (step + 1) // parts, end, num_pairs, num_experts, SHARED)
+                matrix = matrix_of_run(
+                    schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
+                )
                 mine = (runs == run)[:, None]
                 if RANK % BLOCK_R != 0:
                     mine = mine & (part + r < RANK)[None, :]
@@ -182,7 +184,7 @@ def _gate_up_tile(
                         up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
                         up = fma(up, up_s, join_b(up_b, GROUPS, BLOCK_R), there)
                     gate = fma(gate, s, join_b(gate_b, GROUPS, BLOCK_R), there)
-    again = not_all_finite(gate + up) if STREAM else False
+    again = not_all_finite(gate + up, there) if STREAM else False
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     out_rows = start + local if IN_ORDER else pairs
     target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]

@@ -89,25 +89,28 @@ def slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr):
 
 
 @triton.jit
-def runs_of_rows(schedule, start, count, num_pairs, BLOCK_M: tl.constexpr):
-    """The run of each row of a tile, -1 for one without LoRA."""
+def runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The run of each row of a tile, -1 for one without LoRA; without runs each row is one, by its number."""
     local, stride = tl.arange(0, BLOCK_M), num_pairs + 1
     there = local < count
     adapted = tl.load(schedule + stride + start + local, mask=there, other=-1) >= 0
-    return tl.where(adapted, tl.load(schedule + 8 * stride + start + local, mask=there, other=-1), -1)
+    runs = tl.load(schedule + 8 * stride + start + local, mask=there, other=-1) if HAS_RUNS else local
+    return tl.where(adapted, runs, -1)
 
 
 @triton.jit
-def matrix_of_run(schedule, run, end, num_pairs, num_experts, SHARED: tl.constexpr):
-    """The index of a run's matrix, 0 from ``end`` on."""
-    virtual = tl.load(schedule + 5 * (num_pairs + 1) + run, mask=run < end, other=0)
-    return virtual // num_experts if SHARED else virtual
+def matrix_of_run(schedule, start, run, end, num_pairs, num_experts, HAS_RUNS: tl.constexpr, SHARED: tl.constexpr):
+    """The index of the matrix of a run, or of a row, from `runs_of_rows`; any from ``end`` on."""
+    stride = num_pairs + 1
+    entry = schedule + (5 * stride if HAS_RUNS else stride + start) + run
+    virtual = tl.load(entry, mask=run < end, other=0)
+    return tl.where(virtual >= 0, virtual // num_experts, -1) if SHARED else virtual
 
 
 @triton.jit
-def not_all_finite(values):
-    """Whether one of them is NaN or infinite: all others times zero are zero."""
-    return tl.sum(values * 0.0) != 0.0
+def not_all_finite(values, there):
+    """Whether a value of the rows that are ``there`` is NaN or infinite: all others times zero are zero."""
+    return tl.sum(tl.where(there, tl.sum(values * 0.0, 1), 0.0), 0) != 0.0
 
 
 @triton.jit
