@@ -212,9 +212,9 @@ def test_two_programs_of_a_multiprocessor_take_turns_at_short_sums_and_at_lora()
 def test_tiles_with_much_lora_are_cut() -> None:
     """Qwen3-30B-A3B, 4,096 tokens: by the work of LoRA beside that of the base product."""
 
-    def rows(slots: int, rank: int, streams: bool = False) -> tuple[int, int]:
+    def rows(slots: int, rank: int, streams: bool = False, has_runs: bool = True) -> tuple[int, int]:
         sizes = (32768, 128, 256.0)
-        lora = (2, rank, rank > 0, slots, 256 / slots, streams)
+        lora = (2, rank, rank > 0 and has_runs, slots, 256 / slots, streams)
         return gate_up_config(Product(*sizes, 768, 2048, *lora), True).block_m, down_config(
             Product(*sizes, 2048, 768, *lora)
         ).block_m
@@ -226,6 +226,7 @@ def test_tiles_with_much_lora_are_cut() -> None:
     assert rows(256, 64) == (64, 32)
     # what streams is bound by the bytes of B
     assert rows(32, 64, True) == rows(256, 64, True) == (128, 128)
+    assert rows(256, 64, True, False) == (64, 32)
 
 
 def test_tiles_with_much_lora_leave_room_for_others() -> None:

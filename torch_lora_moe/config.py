@@ -353,7 +353,7 @@ def _narrow_gate_up_config(product: Product, wide: int, deep: int, lora: tuple[i
         lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
     # longer pieces of each row reach memory faster; with LoRA few programs do better side by side, and those with many
     # steps of it, and many programs keep memory busy anyway
-    shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs(block_n) < 2.5 * FEW_PROGRAMS
+    shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs(block_n) < 2.75 * FEW_PROGRAMS
     block_k = 128 if product.has_runs or shallow or block_n > 32 * wide else 256
     return TileConfig(product.rows, block_n, min(block_k, deep), 4, 3, *lora)
 
@@ -364,7 +364,8 @@ def _cut(product: Product, most: float, lowest: int) -> Product:
     Each slot of a tile is a product over all of its rows, so half as many rows are half the work; but they read the
     base weight once more, so each time twice as much must be to gain. Where LoRA streams, B is what takes the time.
     """
-    while not product.streams and product.rows > lowest and _share_of_lora(product) > most * 128 / product.rows:
+    streams = product.streams and product.has_runs
+    while not streams and product.rows > lowest and _share_of_lora(product) > most * 128 / product.rows:
         rows = product.rows // 2
         product = replace(product, rows=rows, tiles=max(product.tiles, product.pairs / rows))
     return product
