@@ -192,7 +192,7 @@ def test_narrow_tiles_take_their_weight_in_deeper_steps_where_lora_is_little() -
 
     assert [block_k(50, rank) for rank in (0, 16)] == [256, 256]
     assert [block_k(12, rank) for rank in (0, 16)] == [256, 128], "few programs"
-    assert block_k(50, 16, columns=14336) == 128 == block_k(6, 16, columns=14336), "many"
+    assert block_k(50, 16, columns=14336) == 128 == block_k(7, 16, columns=14336), "many"
     assert block_k(50, 16, has_runs=True) == 128
     assert block_k(200, 16) == 128, "tiles of 64 columns"
     assert block_k(50, 16, 100) == 128
