@@ -47,6 +47,26 @@ def test_a_launch_fuses_products_and_sums() -> None:
     assert options == [{"num_warps": 2, "num_stages": 3, "enable_fp_fusion": True}]
 
 
+def test_layers_whose_weights_start_elsewhere_have_plans_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy engine takes those that start at a multiple of 16 bytes, each by itself."""
+    from torch_lora_moe import layer, plans
+    from torch_lora_moe.testing import Case, make_inputs
+
+    monkeypatch.setattr(plans.Plan, "__call__", lambda *launch: None)
+    monkeypatch.setattr(layer, "_PLANS", {})
+    inputs = make_inputs(Case(num_tokens=40, dtype=torch.bfloat16))
+    x, w13, w2, weights, ids, lora, mapping = inputs.args
+    own = [w13, w2, lora.gate_up_b, lora.down_b]
+    for moved in (None, 0, 1, 2, 3):
+        w = list(own)
+        if moved is not None:
+            w[moved] = torch.empty(own[moved].numel() + 1, dtype=own[moved].dtype)[1:].view(own[moved].shape)
+        parts = (lora.gate_up_a, w[2], lora.down_a, w[3], mapping, lora.adapter_enabled)
+        for _ in range(2):
+            layer.fused_experts(x, w[0], w[1], weights, ids, None, *parts, **inputs.kwargs)
+    assert len(layer._PLANS) == 5
+
+
 def test_programs_share_the_rows_of_long_runs() -> None:
     from torch_lora_moe.config import LaunchConfig, run_pieces
     from torch_lora_moe.launch import ShrinkPlan, run_programs

@@ -361,12 +361,9 @@ _PLANS = new_plans()
 def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
-    # a weight that does not start at a multiple of 16 bytes takes other kernels
-    lora = (call.gate_up_a, call.gate_up_b, call.down_a, call.down_b)
-    key = (
-        misalignment(call.w13, call.w2, *[w for w in lora if w is not None]),
-        *(like(value) if isinstance(value, Tensor) else value for value in call),
-    )
+    # what does not start at a multiple of 16 bytes cannot come through the copy engine
+    copied = [w for w in (call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
+    key = (misalignment(*copied), *(like(value) if isinstance(value, Tensor) else value for value in call))
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)

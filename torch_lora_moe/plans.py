@@ -131,11 +131,14 @@ class Plan:
 
 
 def misalignment(*tensors: Tensor) -> int:
-    """How far the data of some of the tensors is off a multiple of 16 bytes; 0 while traced: a package aligns it."""
+    """How far the data of each of the tensors is off a multiple of 16 bytes, in four bits each.
+
+    0 where all are at one, and while traced: a package aligns them.
+    """
     bits = 0
     for tensor in () if _traced else tensors:
-        bits |= tensor.data_ptr()
-    return bits % 16
+        bits = bits << 4 | tensor.data_ptr() & 15
+    return bits
 
 
 def overlaps(device: torch.device) -> bool:

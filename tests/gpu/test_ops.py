@@ -173,16 +173,20 @@ def test_tiles_in_parts(tokens: int, slots: int, rank: int) -> None:
         assert (constants["STREAM"] > 0) == streams
 
 
+def shifted(tensor: Tensor) -> Tensor:
+    """The same values at addresses that are no multiple of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("names", [("w13", "w2"), ("w13",), ("w2",), ("lora",)], ids="_".join)
 @pytest.mark.parametrize("tokens", [1, 20, 3000])
-def test_weights_that_start_anywhere(tokens: int) -> None:
+def test_weights_that_start_anywhere(tokens: int, names: tuple[str, ...]) -> None:
     layer = make_layer(tokens)
     expected = whole_layer(layer)
-    shifted = {}
-    for name in ("w13", "w2"):
-        weight = getattr(layer, name)
-        shifted[name] = torch.empty(weight.numel() + 1, dtype=weight.dtype, device="cuda")[1:].view(weight.shape)
-        shifted[name].copy_(weight)
-    moved = dataclasses.replace(layer, **shifted)
+    parts = {name: shifted(getattr(layer, name)) for name in names if name != "lora"}
+    if "lora" in names:
+        parts["lora"] = MoELoRA(*map(shifted, layer.lora[:4]), layer.lora.adapter_enabled)
+    moved = dataclasses.replace(layer, **parts)
     assert (whole_layer(moved) - expected).abs().max() <= 0.01 * expected.abs().max()
     check_by_adapter(moved)
 

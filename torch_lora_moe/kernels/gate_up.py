@@ -85,8 +85,8 @@ def _gate_up_tile(
 ):
     """``BLOCK_N`` columns of the activation of one tile.
 
-    Returns whether they are to be computed again without ``STREAM``: something that is no number, which may be B of
-    other rows' adapters, met rows that it must not reach.
+    Returns whether they are to be computed again without ``STREAM``: not all is finite, and where that is B, it met
+    rows of other adapters.
     """
     local = tl.arange(0, BLOCK_M)
     there = local < count
@@ -246,8 +246,8 @@ def gate_up_tiles(
 
     ``RANK`` 0: no LoRA. ``PARTS`` programs share the rows of a tile. ``HALVES``: what has at most half of its rows is
     computed as such. ``HAS_RUNS``: the schedule has runs. ``IN_ORDER``: the rows of ``out`` stand in the sorted order.
-    ``PRELOAD``: B of the first step of LoRA is loaded before the base product; ``AHEAD``: that of each later one too,
-    before the products of the step before it.
+    ``PRELOAD``: B of the first step of LoRA is loaded before the base product. ``STREAM``: LoRA goes run by run, so
+    many of them on their way at once, B through the descriptor ``b_matrix``.
     ``JOINT``: ``w`` is a descriptor of three dimensions that brings gate and up of a block of columns at once.
     ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
     """

@@ -1,7 +1,8 @@
 """What both expert products do on a tile of the sorted order: its rows, its weight, and LoRA in its accumulator.
 
-The rows of a tile stand slot by slot, so a few slots at a time are one product of ``[rows, slots * rank]`` (each row
-zero outside its own slot) with their matrices side by side.
+The rows of a tile stand slot by slot. LoRA streams run by run, one run of rows with its matrix in a step (all other
+rows zero), or goes in wider steps: a few slots at a time as one product of ``[rows, slots * rank]`` (each row zero
+outside its own slot) with their matrices side by side.
 """
 
 import triton
