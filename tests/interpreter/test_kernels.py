@@ -172,7 +172,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer.TilePlan, "_streamed", lambda plan, tile, b, *rest: 0 if b is None else 3)
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+@pytest.mark.parametrize(("rows", "sorts"), [(16, False), (32, True), (128, True)])
 @pytest.mark.parametrize(
     "case",
     [
@@ -186,6 +186,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["rank_16", "rank_24", "plain", "rank_64", "rank_72", "no_adapter"],
 )
 def test_lora_run_by_run(case: Case, rows: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, sorts, True)
     stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     monkeypatch.setattr(config, "_cut", lambda product, *limits: product)
@@ -370,11 +371,16 @@ def test_skipped_parts_are_never_read() -> None:
     assert torch.equal(run(dataclasses.replace(inputs, hidden_states=hidden, lora=lora)), expected)
 
 
-@pytest.mark.parametrize(("rows", "streams"), [(16, False), (32, False), (16, True), (64, True), (128, True)])
+@pytest.mark.parametrize(
+    ("rows", "sorts", "streams"),
+    [(rows, sorts, False) for rows in (16, 32) for sorts in (False, True)]
+    + [(16, False, True), (64, True, True), (128, True, True)],
+)
 def test_each_token_is_isolated_from_other_slots(
-    sorts: bool, rows: int, streams: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, sorts: bool, streams: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All other slots NaN or infinite, in tiles and batches that they share, leaves every bit."""
+    take(monkeypatch, sorts, True)
     if streams:
         stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
