@@ -75,8 +75,8 @@ def test_programs_share_the_rows_of_long_runs() -> None:
         x, ids = torch.empty(num_tokens, 64), torch.empty(num_tokens, 2, dtype=torch.int32)
         mapping, a = torch.empty(num_tokens, dtype=torch.int32), torch.empty(2, 8, 32, 64)
         plan = ShrinkPlan(x, a, ids, mapping, None, None, 8, config=LaunchConfig(32, 32, 64, 4, 3))
-        assert plan.launch.grid[0] == run_programs(2 * num_tokens, 16) * run_pieces(2 * num_tokens, 16, 32)
-        return plan.launch.grid[0] // run_programs(2 * num_tokens, 16)
+        assert plan.launches[0].grid[0] == run_programs(2 * num_tokens, 16) * run_pieces(2 * num_tokens, 16, 32)
+        return plan.launches[0].grid[0] // run_programs(2 * num_tokens, 16)
 
     assert programs(8000) > programs(600) > 1
 

@@ -49,6 +49,8 @@ class Compiler:
         options = {name: plan.options[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
         compiled = triton.compile(source, target=self.target, options=options)
         name = plan.kernel.__name__
+        if dict(zip(names[len(types) :], plan.constants, strict=True)).get("SPLIT"):
+            name += " split"
         self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
         self.ptx[name] = compiled.asm["ptx"]
         # a descriptor is followed by its sizes and its strides
@@ -59,7 +61,7 @@ class Compiler:
         """Where in a kernel's code it first reads what a pointer of its parameters points into."""
         lines = self.ptx[kernel].splitlines()
         # registers that hold addresses made from the parameter
-        made = {f"{kernel}_param_{self.parameters[kernel].index(parameter)}"}
+        made = {f"{kernel.split()[0]}_param_{self.parameters[kernel].index(parameter)}"}
 
         def uses(line: str) -> bool:
             return any(word in made for word in re.findall(r"%rd?\d+|\w+_param_\d+", line))
@@ -73,9 +75,16 @@ class Compiler:
                     made.add(target[1])
         return next(i for i, line in enumerate(lines) if re.search(r"ld\.global|cp\.async\.", line) and uses(line))
 
+    def waits(self, kernel: str) -> list[int]:
+        """Where in a kernel's code it waits for the kernel before."""
+        return [i for i, line in enumerate(self.ptx[kernel].splitlines()) if "griddepcontrol.wait" in line]
+
     def first_wait(self, kernel: str) -> int:
-        """Where in a kernel's code it first waits for the kernel before."""
-        return next(i for i, line in enumerate(self.ptx[kernel].splitlines()) if "griddepcontrol.wait" in line)
+        """Where in a kernel's code it first waits for the kernel before; behind its first product if it is split."""
+        lines, after = self.ptx[kernel].splitlines(), 0
+        if "_tiles split" in kernel:
+            after = next(i for i, line in enumerate(lines) if re.search(r"\bw?g?mma\.", line))
+        return next(i for i in self.waits(kernel) if i > after)
 
 
 def assembled(ptx: str, folder: Path) -> str:
@@ -135,8 +144,10 @@ def arguments(num_tokens: int, rank: int, sizes: tuple[int, int, int, int] = QWE
 def test_hopper(compiler: Compiler, num_tokens: int, rank: int, tmp_path: Path) -> None:
     call = arguments(num_tokens, rank)
     layer._plan(call)(call)
-    products = {"gate_up_pairs", "down_tokens"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
-    assert products <= set(compiler.shared)
+    kernels = {"gate_up_pairs", "down_tokens"} if num_tokens == 1 else {"gate_up_tiles", "down_tiles"}
+    products = [name for name in compiler.shared if name.split()[0] in kernels]
+    assert len(products) == 2
+    assert all(name.endswith("split") == (num_tokens > 1) for name in products)
     assert max(compiler.shared.values()) <= SHARED_MEMORY[90]
     if num_tokens > 1:
         # weights through the copy engine
@@ -187,14 +198,22 @@ def test_nothing_unfinished_is_read(compiler: Compiler, num_tokens: int, rank: i
     if not rank:
         # nothing orders the tokens
         unfinished["count_experts"] = {"topk_ids"}
-    checked = [name for name in compiler.ptx if name in unfinished]
+    # one wait, and all of the input that it takes is complete from the start
+    complete = {"shrink_runs split"}
+    assert all(len(compiler.waits(name)) == 1 for name in complete & set(compiler.ptx))
+    checked = [name for name in compiler.ptx if name.split()[0] in unfinished and name not in complete]
     assert len(checked) >= (1 if num_tokens == 1 else 3)
     for name in checked:
-        for parameter in unfinished[name]:
-            assert compiler.first_read(name, parameter) > compiler.first_wait(name), (name, parameter)
+        for parameter in unfinished[name.split()[0]] - ({"h_matrix"} if "split" in name else set()):
+            # the schedule before all products, so behind the waits of either launch
+            both = (name, parameter) == ("gate_up_tiles split", "schedule")
+            wait = compiler.waits(name)[1] if both else compiler.first_wait(name)
+            assert compiler.first_read(name, parameter) > wait, (name, parameter)
     if rank:
         # what these read early is there from the start
-        early = {"gate_up_pairs": "w"} if num_tokens == 1 else {"gate_up_tiles": "schedule", "down_tiles": "schedule"}
+        early = {"gate_up_pairs": "w", "gate_up_tiles": "schedule", "down_tiles": "schedule"}
+        early = {name: early[name.split()[0]] for name in compiler.ptx if name.split()[0] in early}
+        assert len(early) == (1 if num_tokens == 1 else 2)
         assert all(compiler.first_read(*pair) < compiler.first_wait(pair[0]) for pair in early.items())
 
 
@@ -275,9 +294,9 @@ def test_no_grid_is_too_tall(num_tokens: int, rank: int, parts: int) -> None:
         lora = tuple(x.new_empty(2**18, 8, *shape) for shape in shapes)
     plan = layer._plan(FusedArguments(x, *weights, ids, None, *lora, ids[:, 0] if rank else None))
     assert plan.tiles * parts >= 2**16
-    assert all(max(launch.grid[1:]) < 2**16 for launch in (plan.gate_up, plan.down, plan.sum))
-    assert plan.down.grid[1] == 1
-    assert plan.down.grid[0] % (plan.tiles * parts) == 0
+    assert all(max(launch.grid[1:]) < 2**16 for launch in (*(part.plan for part in plan.gate_up + plan.down), plan.sum))
+    assert all(part.plan.grid[1] == 1 for part in plan.down)
+    assert sum(part.plan.grid[0] for part in plan.down) % (plan.tiles * parts) == 0
 
 
 @pytest.mark.parametrize("compiler", [80, 89, 90], indirect=True)

@@ -7,6 +7,7 @@ device memory on the host.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ class ShrinkPlan:
     """The launch of a shrink.
 
     ``sorts``: whether it reads a schedule; then ``clear``: whether skipped pairs are zeroed, ``in_order``: whether its
-    input is, and ``pieces`` programs share the rows of a run.
+    input is, and ``pieces`` programs share the rows of a run. ``first_tiles``: those of its input that are complete
+    when it starts, if not all are (0); sorted pairs then go in two launches, with a ``share`` of them in the first.
     """
 
     def __init__(
@@ -182,6 +184,8 @@ class ShrinkPlan:
         sorts: bool | None = None,
         in_order: bool = False,
         pieces: int | None = None,
+        first_tiles: int = 0,
+        share: float = 1.0,
     ) -> None:
         (num_tokens, top_k), in_features = topk_ids.shape, hidden_states.shape[1]
         num_pairs, (max_loras, experts, rows, _) = num_tokens * top_k, lora_a.shape
@@ -207,12 +211,17 @@ class ShrinkPlan:
             pieces = run_pieces(num_pairs, num_experts * max_loras, config.block_m) if self.sorts else 1
         if self.sorts:
             constants |= {"CLEAR": clear, "IN_ORDER": in_order, "PIECES": pieces, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "PDL": pdl}
-        first = run_programs(num_pairs, num_experts * max_loras) * pieces if self.sorts else num_pairs
-        grid = (first, -(-rows // config.block_n), self.split_k)
-        self.launch = Plan(getattr(shrink, kernel), grid, constants, (config.num_warps, config.num_stages), pdl, 3)
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "SPLIT": first_tiles > 0, "PDL": pdl}
+        most = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
+        options = (config.num_warps, config.num_stages)
+        self.launches = []
+        # more programs than on average, so that they seldom have to take turns
+        for part in (share, 1 - share) if first_tiles and self.sorts else (1.0,):
+            runs = min(most, math.ceil(most * (part + 0.125)))
+            grid = (runs * pieces, -(-rows // config.block_n), self.split_k)
+            self.launches.append(Plan(getattr(shrink, kernel), grid, constants, options, pdl, 3))
         pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)
-        self.sizes = (num_pairs, top_k, pairs_per_row, num_experts, max_loras)
+        self.sizes = (num_pairs, top_k, pairs_per_row, num_experts, max_loras, first_tiles)
 
     def __call__(
         self,
@@ -223,13 +232,12 @@ class ShrinkPlan:
         mapping: Tensor,
         enabled: Tensor | None,
         schedule: Tensor | None,
+        part: int = 0,
     ) -> None:
-        """Launches."""
-        enabled = ids if enabled is None else enabled
-        if self.sorts and schedule is not None:
-            self.launch((x, a, out, ids, mapping, enabled, schedule), *self.sizes)
-        else:
-            self.launch((x, a, out, ids, mapping, enabled), *self.sizes)
+        """Launches, of two launches the one that ``part`` says."""
+        enabled, schedule = ids if enabled is None else enabled, ids if schedule is None else schedule
+        sizes = (*self.sizes, part) if self.sorts else self.sizes
+        self.launches[part]((x, a, out, ids, mapping, enabled, schedule), *sizes)
 
 
 _EXPAND_PLANS = new_plans()

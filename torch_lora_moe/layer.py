@@ -10,14 +10,15 @@ ended, and waits for it where it first reads what that one writes.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_lora_moe import checks, routing
+from torch_lora_moe import checks, routing, split
 from torch_lora_moe.checks import FusedArguments, like
 from torch_lora_moe.config import (
+    LaunchConfig,
     Product,
     TileConfig,
     down_config,
@@ -37,6 +38,7 @@ from torch_lora_moe.config import (
 from torch_lora_moe.kernels import down, gate_up, matvec
 from torch_lora_moe.launch import ShrinkPlan, route
 from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overlaps, remember
+from torch_lora_moe.split import Launch
 
 
 def _strides(w: Tensor) -> dict[str, Any]:
@@ -55,27 +57,46 @@ def _is_matrix(w: Tensor, block_k: int) -> bool:
     return whole and w.data_ptr() % 16 == 0 and w.shape[2] >= block_k and w.shape[0] * w.shape[1] < 2**31
 
 
-class _Shrink:
-    """The rank vectors of one projection inside the layer."""
+def _shrink_choice(call: FusedArguments, a: Tensor, sorts: bool) -> tuple[LaunchConfig, int, int]:
+    """Configuration, planes and programs for each run of the rank vectors of one projection."""
+    num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
+    sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], a.shape[3], sorts)
+    config, planes, pieces = layer_shrink_config(*sizes)
+    return fitted_shrink(config, a.element_size(), shared_memory(a.device)), planes, pieces
 
-    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool, in_order: bool = False) -> None:
-        num_pairs, num_experts = call.topk_ids.numel(), call.w13.shape[0]
-        sizes = (num_pairs, num_experts * call.max_loras, a.shape[2], x.shape[1], sorts)
-        config, planes, pieces = layer_shrink_config(*sizes)
-        config = fitted_shrink(config, x.element_size(), shared_memory(x.device))
+
+class TileLaunch(NamedTuple):
+    """A launch over tiles, in parts of them: the first one, and those that wait (see `split.Launch`)."""
+
+    plan: Plan
+    first_tile: int
+    waits_from: int
+
+
+class _Shrink:
+    """The rank vectors of one projection inside the layer; ``how``: as for `ShrinkPlan`."""
+
+    def __init__(self, call: FusedArguments, x: Tensor, a: Tensor, sorts: bool, **how: Any) -> None:
+        config, planes, pieces = _shrink_choice(call, a, sorts)
         tokens = (call.topk_ids, call.token_lora_mapping, call.adapter_enabled, None)
-        how = {"config": config, "clear": False, "sorts": sorts, "in_order": in_order, "pieces": pieces}
-        self.plan = ShrinkPlan(x, a, *tokens, num_experts, planes, **how)  # type: ignore[arg-type]
+        how |= {"config": config, "clear": False, "sorts": sorts, "pieces": pieces}
+        self.plan = ShrinkPlan(x, a, *tokens, call.w13.shape[0], planes, **how)  # type: ignore[arg-type]
         # a sum of one plane is rounded where it is made, as the product would
         self.dtype = x.dtype if planes == 1 else torch.float32
-        self.shape, self.planes = (planes, num_pairs, a.shape[2]), planes
+        self.shape, self.planes = (planes, call.topk_ids.numel(), a.shape[2]), planes
 
     def __call__(self, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None) -> Tensor:
         shrunk = x.new_empty(self.shape, dtype=self.dtype)
+        self.launch(call, x, a, schedule, shrunk)
+        return shrunk
+
+    def launch(
+        self, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None, shrunk: Tensor, part: int = 0
+    ) -> None:
+        """One launch into ``shrunk``, the second one of two with ``part`` 1."""
         mapping = call.token_lora_mapping
         assert mapping is not None
-        self.plan(x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule)
-        return shrunk
+        self.plan(x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule, part)
 
 
 class TilePlan:
@@ -95,10 +116,22 @@ class TilePlan:
         self.gate_up_shrink = self.down_shrink = None
         if call.gate_up_a is not None:
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs)
+        planes = 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes
+        down_planes = 1 if call.down_a is None else _shrink_choice(call, call.down_a, self.has_runs)[1]
+        first = self._product(call.w13, call.gate_up_b, self.inner, planes, pdl)
+        second = self._product(call.w2, call.down_b, self.hidden, down_planes, pdl)
+        gate_up_tile, down_tile = self._gate_up_config(call, first), self._down_config(call, second)
+        self.used = split.used_tiles(self.num_pairs, self.num_experts, self.rows)
+        # down goes in two launches where its rank vectors do, run by run
+        self.splits_down = self.has_runs and call.down_a is not None
+        gate_up_rounds = split.rounds(first, gate_up_tile, call.num_slices, self.used)
+        down_rounds = split.rounds(second, down_tile, 1, self.used) if self.splits_down else None
+        self.first_tiles = split.first_tiles(pdl, gate_up_tile, self.used, gate_up_rounds, down_rounds)
         if call.down_a is not None:
-            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, self.in_order)
-        self.gate_up = self._gate_up(call, pdl)
-        self.down = self._down(call, pdl)
+            how = {"in_order": self.in_order, "first_tiles": self.first_tiles, "share": self.first_tiles / self.used}
+            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, **how)
+        self.gate_up = self._gate_up(call, gate_up_tile, planes, pdl)
+        self.down = self._down(call, down_tile, down_planes, pdl)
         block = min(1024, max(16, power_of_two(self.hidden)))
         constants = {"TOP_K": self.top_k, "SIZE": self.hidden, "BLOCK": block, "PDL": pdl}
         grid = (num_tokens, -(-self.hidden // block), 1)
@@ -144,8 +177,8 @@ class TilePlan:
         """Those of all tiles."""
         return self.tiles * (self.rows // config.block_m)
 
-    def _grid(self, blocks: int, config: TileConfig) -> tuple[int, int, int]:
-        parts = self._parts(config)
+    def _grid(self, blocks: int, config: TileConfig, tiles: int) -> tuple[int, int, int]:
+        parts = tiles * (self.rows // config.block_m)
         return (blocks, parts, 1) if config.group_tiles == 1 else (blocks * parts, 1, 1)
 
     def _product(self, w: Tensor, b: Tensor | None, columns: int, planes: int, pdl: bool) -> Product:
@@ -156,11 +189,33 @@ class TilePlan:
         sizes = (self.num_pairs, self.rows, tiles, columns, w.shape[2], size, rank, self.has_runs, slots)
         return Product(*sizes, self.num_pairs / (self.num_experts * slots), streams)
 
-    def _gate_up(self, call: FusedArguments, pdl: bool) -> Plan:
-        w, b, planes = call.w13, call.gate_up_b, 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes
-        rank = 0 if b is None else b.shape[3]
-        config = gate_up_config(self._product(w, b, self.inner, planes, pdl), call.is_gated)
-        config = self._fitted(config, config.block_n * call.num_slices, rank, w)
+    def _gate_up_config(self, call: FusedArguments, product: Product) -> TileConfig:
+        config = gate_up_config(product, call.is_gated)
+        return self._fitted(config, config.block_n * call.num_slices, product.rank, call.w13)
+
+    def _down_config(self, call: FusedArguments, product: Product) -> TileConfig:
+        config = down_config(product)
+        return self._fitted(config, config.block_n, product.rank, call.w2)
+
+    def _launches(
+        self,
+        kernel: Any,
+        config: TileConfig,
+        columns: int,
+        constants: dict[str, Any],
+        launches: list[Launch],
+        **how: Any,
+    ) -> list[TileLaunch]:
+        """Each launch with the first of its tiles and what it waits for, in parts of tiles."""
+        plans, parts = [], self.rows // config.block_m
+        for tiles, first, waits_from in launches:
+            grid = self._grid(-(-columns // config.block_n), config, tiles)
+            plan = Plan(kernel, grid, constants, (config.num_warps, config.num_stages), aligned=6, **how)
+            plans.append(TileLaunch(plan, first * parts, max(waits_from * parts, -1)))
+        return plans
+
+    def _gate_up(self, call: FusedArguments, config: TileConfig, planes: int, pdl: bool) -> list[TileLaunch]:
+        w, b = call.w13, call.gate_up_b
         width = config.block_n * (2 if call.interleaved else 1)
         tma = pdl and _is_matrix(w, config.block_k)
         # tall tiles are multiplied by both slices as one, which reads their rows from shared memory half as often
@@ -177,20 +232,18 @@ class TilePlan:
             **self._tiles(config, b, planes, call.num_slices, tma),
             "JOINT": joint,
             "EARLY": self.gate_up_shrink is not None,
+            "SPLIT": self.first_tiles > 0,
             "PDL": pdl,
         }
-        grid = self._grid(-(-self.inner // config.block_n), config)
-        options = (config.num_warps, config.num_stages)
         matrices = {1: [*([2] if joint else []), width, config.block_k]} if tma else {}
         if constants["STREAM"]:
             matrices[7] = [config.block_n, constants["BLOCK_R"]]
-        return Plan(gate_up.gate_up_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
+        launches = split.launches(self.tiles, self.first_tiles, self.used, False)
+        how = {"dependent": pdl, "matrices": matrices}
+        return self._launches(gate_up.gate_up_tiles, config, self.inner, constants, launches, **how)
 
-    def _down(self, call: FusedArguments, pdl: bool) -> Plan:
-        w, b, planes = call.w2, call.down_b, 1 if self.down_shrink is None else self.down_shrink.planes
-        rank = 0 if b is None else b.shape[3]
-        config = down_config(self._product(w, b, self.hidden, planes, pdl))
-        config = self._fitted(config, config.block_n, rank, w)
+    def _down(self, call: FusedArguments, config: TileConfig, planes: int, pdl: bool) -> list[TileLaunch]:
+        w, b = call.w2, call.down_b
         tma = pdl and _is_matrix(w, config.block_k)
         # what a tensor descriptor can stand for: at least one block, rows in steps of 16 bytes
         fits = self.num_pairs >= config.block_m and self.inner * w.element_size() % 16 == 0
@@ -203,16 +256,20 @@ class TilePlan:
             "HAS_BIAS": call.w2_bias is not None,
             **shape,
             "H_TMA": h_tma,
+            "SPLIT": self.first_tiles > 0,
             "PDL": pdl,
         }
-        grid = self._grid(-(-self.hidden // config.block_n), config)
-        options = (config.num_warps, config.num_stages)
         matrices = {1: [config.block_n, config.block_k]} if tma else {}
         if h_tma:
             matrices[8] = [config.block_m, config.block_k]
         if constants["STREAM"]:
             matrices[9] = [config.block_n, constants["BLOCK_R"]]
-        return Plan(down.down_tiles, grid, constants, options, pdl, aligned=6, matrices=matrices)
+        if self.splits_down:
+            launches = split.launches(self.tiles, self.first_tiles, self.used, True)
+        else:
+            launches = [Launch(self.tiles, 0, self.first_tiles or -1)]
+        how = {"dependent": pdl, "matrices": matrices}
+        return self._launches(down.down_tiles, config, self.hidden, constants, launches, **how)
 
     def __call__(self, call: FusedArguments) -> Tensor:
         """Runs the layer."""
@@ -228,13 +285,19 @@ class TilePlan:
             shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, schedule), call.gate_up_b
         bias = call.w13 if call.w13_bias is None else call.w13_bias
         sizes = (self.num_pairs, self.top_k, self.num_experts, call.swiglu_alpha, call.swiglu_limit)
-        self.gate_up((x, call.w13, bias, h, shrunk, b, schedule, b), *sizes)
-        shrunk, b = h, call.w2
+        for launch, *tiles in self.gate_up:
+            launch((x, call.w13, bias, h, shrunk, b, schedule, b), *sizes, *tiles)
+        # kept: down's rank vectors, which may be made beside gate_up, must not take the place of those that it reads
+        gate_up_shrunk, shrunk, b = shrunk, h, call.w2
         if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
             shrunk, b = self.down_shrink(call, h, call.down_a, schedule), call.down_b
+        del gate_up_shrunk
         bias = call.w2 if call.w2_bias is None else call.w2_bias
         tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h, b)
-        self.down(tensors, self.num_pairs, self.num_experts)
+        for part, (launch, *tiles) in enumerate(self.down):
+            if part and self.down_shrink is not None and call.down_a is not None:
+                self.down_shrink.launch(call, h, call.down_a, schedule, shrunk, part)
+            launch(tensors, self.num_pairs, self.num_experts, *tiles)
         self.sum((y, ids, out), call.routed_scaling_factor, self.num_experts)
         return out
 

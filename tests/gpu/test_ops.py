@@ -114,7 +114,7 @@ def test_tallest_tiles(tokens: int, slots: int, rank: int, dtype: torch.dtype) -
     layer._PLANS.clear()
     check_by_adapter(make_layer(tokens, slots=slots, rank=rank, hidden=1544, inner=1096, dtype=dtype))
     (plan,) = layer._PLANS.values()
-    for product in (plan.gate_up, plan.down):
+    for product in (plan.gate_up[0].plan, plan.down[0].plan):
         constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
         assert constants["BLOCK_M"] == 128
         assert (constants["STREAM"] > 0) == (config.has_dependent_launch(torch.device("cuda")) and rank % 8 == 0)
@@ -165,8 +165,8 @@ def test_tiles_in_parts(tokens: int, slots: int, rank: int) -> None:
     streams = rank == 64 and (tokens, slots) != (200, 64) and config.has_dependent_launch(torch.device("cuda"))
     low = tokens == 200
     for product, parts in (
-        (plan.gate_up, 1 if low or streams else 2),
-        (plan.down, 1 if streams else 2 if low or (slots, tokens) == (24, 3000) else 4),
+        (plan.gate_up[0].plan, 1 if low or streams else 2),
+        (plan.down[0].plan, 1 if streams else 2 if low or (slots, tokens) == (24, 3000) else 4),
     ):
         constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
         assert constants["PARTS"] == parts

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing
+from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, split
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -193,7 +193,7 @@ def test_lora_run_by_run(case: Case, rows: int, sorts: bool, monkeypatch: pytest
     inputs = make_inputs(dataclasses.replace(case, dtype=torch.float16))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    for product in (plan.gate_up, plan.down):
+    for product in (plan.gate_up[0].plan, plan.down[0].plan):
         constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
         assert (constants["STREAM"], constants["BLOCK_M"]) == (3, rows)
 
@@ -207,7 +207,7 @@ def test_narrow_tiles_in_deep_steps(rank: int, monkeypatch: pytest.MonkeyPatch) 
     inputs = make_inputs(Case(20, 2, 12, 4, rank, dtype=torch.float16, **sizes))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    product = plan.gate_up
+    product = plan.gate_up[0].plan
     constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
     assert (constants["BLOCK_M"], constants["BLOCK_K"]) == (16, 256)
 
@@ -242,7 +242,7 @@ def test_tiles_in_parts(sorts: bool, grouped: bool, monkeypatch: pytest.MonkeyPa
     inputs = make_inputs(Case(num_tokens=110, dtype=torch.float16, **sizes))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    for product, parts in ((plan.gate_up, 2), (plan.down, 4)):
+    for product, parts in ((plan.gate_up[0].plan, 2), (plan.down[0].plan, 4)):
         constants = dict(zip(product.kernel.arg_names[-len(product.constants) :], product.constants, strict=True))
         assert (constants["PARTS"], constants["BLOCK_M"]) == (parts, 128 // parts)
 
@@ -255,10 +255,71 @@ def test_tiles_side_by_side(sorts: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     inputs = make_inputs(Case(num_tokens=40, dtype=torch.float16, **sizes))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    for product in (plan.gate_up, plan.down):
+    for product in (plan.gate_up[0].plan, plan.down[0].plan):
         names = product.kernel.arg_names[-len(product.constants) :]
         assert dict(zip(names, product.constants, strict=True))["GROUP_TILES"] == 8
         assert product.grid[0] > plan.tiles == 13
+
+
+# with the tiles of the first launch: tiles of one expert and rows of one run on either side, none in the second
+SPLIT_LAYERS = {
+    "gated": (1, Case(30, 3, 6, 3, 12, bias=True)),
+    "fp16": (4, Case(40, 2, 5, 4, 40, hidden_size=70, intermediate_size=50, dtype=torch.float16)),
+    "long_runs": (3, Case(50, 2, 2, 2, 16, odd_ids=False)),
+    "shared_outer": (5, Case(30, 3, 6, 3, 8, shared_outer=True, enabled=(True, False, True))),
+    "only_gate_up": (2, Case(30, 3, 6, adapted=("gate_up",))),
+    "only_down": (2, Case(30, 3, 6, adapted=("down",))),
+    "no_adapter": (3, Case(30, 3, 6, mapping=(-1,) * 30)),
+    "no_lora": (4, Case(30, 3, 6, adapted=())),
+    "all_in_the_first": (8, Case(20, 2, 6)),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_LAYERS)
+def test_products_in_two_launches(name: str, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, case = SPLIT_LAYERS[name]
+    monkeypatch.setattr(split, "first_tiles", lambda *sizes: first)
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 16)
+    inputs = make_inputs(case)
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    assert [launch.first_tile for launch in plan.gate_up] == [0, first]
+    assert len(plan.down) == (2 if sorts and inputs.lora is not None and inputs.lora.down_a is not None else 1)
+
+
+def test_two_launches_without_a_tile(sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split, "first_tiles", lambda *sizes: 2)
+    inputs = make_inputs(Case(30, 3, 6))
+    inputs.topk_ids.fill_(-1)
+    assert torch.equal(run(inputs), torch.zeros_like(inputs.args[0]))
+
+
+@pytest.mark.parametrize(("first", "programs"), [(1, 2048), (3, 2), (2, 1)])
+def test_first_launches_need_nothing_of_the_second(first: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of down and its rank vectors, those of the first tiles are launched before the second half of gate_up."""
+    take(monkeypatch, True, True)
+    monkeypatch.setattr(split, "first_tiles", lambda *sizes: first)
+    monkeypatch.setattr(launch, "MOST_RUN_PROGRAMS", programs)
+    # low tiles, so that some runs are on both sides
+    monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 16)
+    launched = plans.Plan.__call__
+    held: list[tuple[Any, ...]] = []
+
+    def reordered(plan: plans.Plan, *args: Any) -> None:
+        if plan is layer_plan.gate_up[1].plan:
+            held.append((plan, *args))
+            return
+        if plan is layer_plan.down_shrink.plan.launches[1]:
+            launched(*held.pop())
+        launched(plan, *args)
+
+    inputs = make_inputs(Case(60, 3, 3, 4, 24, hidden_size=72, dtype=torch.float16))
+    expected = run(inputs)
+    check_layer(inputs, expected)
+    (layer_plan,) = layer._PLANS.values()
+    monkeypatch.setattr(plans.Plan, "__call__", reordered)
+    assert torch.equal(run(inputs), expected)
+    assert not held
 
 
 @pytest.mark.parametrize("programs", [1, 2048])
@@ -269,7 +330,7 @@ def test_few_long_runs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(Case(num_tokens=300, num_experts=2, max_loras=1, mapping=(0,) * 300, intermediate_size=40))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    assert plan.gate_up_shrink.plan.launch.grid[0] > launch.run_programs(plan.num_pairs, 2)
+    assert plan.gate_up_shrink.plan.launches[0].grid[0] > launch.run_programs(plan.num_pairs, 2)
 
 
 def test_few_short_runs() -> None:

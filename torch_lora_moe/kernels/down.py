@@ -59,6 +59,7 @@ def _down_tile(
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``BLOCK_N`` columns of the weighted output of one tile; returns what `_gate_up_tile` does."""
@@ -74,7 +75,7 @@ def _down_tile(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
             )
             early_b = load_b(b, matrix, n, 0, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
-    if RANK == 0:
+    if RANK == 0 and not SPLIT:
         wait_for_producer(PDL)
     h_rows = h + (start + local if IN_ORDER else pairs).to(tl.int64)[:, None] * IN
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -89,8 +90,11 @@ def _down_tile(
         acc = fma(acc, left, right, there)
     if HAS_BIAS:
         acc += tl.load(bias + expert * OUT + n, mask=n < OUT, other=0.0).to(tl.float32)[None, :]
-    if RANK > 0:
+    if RANK > 0 or SPLIT:
         wait_for_producer(PDL)
+        if SPLIT:
+            release_consumer(PDL)
+    if RANK > 0:
         if PRELOAD:
             s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
@@ -127,7 +131,7 @@ def _down_tile(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "num_experts"],
+    do_not_specialize=["num_pairs", "num_experts", "first_tile", "waits_from"],
     do_not_specialize_on_alignment=["schedule", "topk_weights"],
 )
 def down_tiles(
@@ -143,6 +147,8 @@ def down_tiles(
     b_matrix,
     num_pairs,
     num_experts,
+    first_tile,
+    waits_from,
     STRIDE_E: tl.constexpr,
     STRIDE_N: tl.constexpr,
     STRIDE_I: tl.constexpr,
@@ -167,16 +173,28 @@ def down_tiles(
     LORA_STAGES: tl.constexpr,
     TMA: tl.constexpr,
     H_TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for each block of columns of each tile: ``out[p] = weight * (w[e] @ h[p] + bias + B[v] @ s[p])``.
 
     The schedule and the router weights are complete from the start. With LoRA the kernel before is its shrink, so all
     but ``shrunk`` is; without, the kernel waits for ``h``. ``IN_ORDER``: the rows of ``h`` stand in the sorted order;
-    ``H_TMA``: full tiles read them through ``h_matrix``. The rest as for `gate_up_tiles`.
+    ``H_TMA``: full tiles read them through ``h_matrix``. ``SPLIT``: gate_up came in two launches, and this kernel
+    starts when the first one is complete. If it goes in one, ``waits_from`` is the first tile that is not; if in two,
+    the first has ``waits_from`` as the second of gate_up has, and the second -1: all of ``h`` is complete then. The
+    rest as for `gate_up_tiles`.
     """
-    release_consumer(PDL)
     block, tile = place(OUT, BLOCK_N, GROUP_TILES)
+    if SPLIT and waits_from >= 0:
+        if tile >= waits_from:
+            wait_for_producer(PDL)
+            release_consumer(PDL)
+    else:
+        release_consumer(PDL)
+    is_first = tile == 0
+    if SPLIT:
+        tile += first_tile
     expert, start, count = load_tile(schedule, num_pairs, tile // PARTS)
     start, count = part_of_tile(start, count, tile, PARTS, BLOCK_M)
     if (expert >= 0) & (start >= 0) & (count > 0):
@@ -219,6 +237,7 @@ def down_tiles(
                 LORA_STAGES,
                 TMA,
                 False,
+                SPLIT,
                 PDL,
             )
         else:
@@ -260,6 +279,7 @@ def down_tiles(
                 LORA_STAGES,
                 TMA,
                 H_TMA,
+                SPLIT,
                 PDL,
             )
         if STREAM and again:
@@ -305,9 +325,10 @@ def down_tiles(
                     LORA_STAGES,
                     TMA,
                     False,
+                    SPLIT,
                     PDL,
                 )
-    else:
+    elif is_first or not SPLIT:
         wait_for_producer(PDL)
 
 

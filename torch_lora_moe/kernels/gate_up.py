@@ -81,6 +81,7 @@ def _gate_up_tile(
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
     EARLY: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """``BLOCK_N`` columns of the activation of one tile.
@@ -140,9 +141,10 @@ def _gate_up_tile(
             skipped: tl.constexpr = 1 if INTERLEAVED else SLICE
             up += tl.load(bias_row + skipped + n * step, mask=n < SLICE, other=0.0).to(tl.float32)[None, :]
 
+    if EARLY or SPLIT:
+        wait_for_producer(PDL)
+        release_consumer(PDL)
     if RANK > 0:
-        if EARLY:
-            wait_for_producer(PDL)
         if PRELOAD:
             s = load_shrunk(shrunk, b, pairs, own, 0, num_pairs, 0, slices, RANK, NUM_PLANES, GROUPS, BLOCK_R)
             if IS_GATED:
@@ -194,7 +196,15 @@ def _gate_up_tile(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "pairs_per_row", "num_experts", "swiglu_alpha", "swiglu_limit"],
+    do_not_specialize=[
+        "num_pairs",
+        "pairs_per_row",
+        "num_experts",
+        "swiglu_alpha",
+        "swiglu_limit",
+        "first_tile",
+        "waits_from",
+    ],
     do_not_specialize_on_alignment=["schedule"],
 )
 def gate_up_tiles(
@@ -211,6 +221,8 @@ def gate_up_tiles(
     num_experts,
     swiglu_alpha,
     swiglu_limit,
+    first_tile,
+    waits_from,
     STRIDE_X: tl.constexpr,
     STRIDE_E: tl.constexpr,
     STRIDE_N: tl.constexpr,
@@ -240,6 +252,7 @@ def gate_up_tiles(
     TMA: tl.constexpr,
     JOINT: tl.constexpr,
     EARLY: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program for each block of columns of each tile: ``out[p] = act(w[e] @ x + bias + B[v] @ s[p])``.
@@ -250,11 +263,23 @@ def gate_up_tiles(
     many of them on their way at once, B through the descriptor ``b_matrix``.
     ``JOINT``: ``w`` is a descriptor of three dimensions that brings gate and up of a block of columns at once.
     ``EARLY``: the kernel before is the shrink, so all but ``shrunk`` is complete from the start.
+    ``SPLIT``: the tiles go in two launches, this one takes those from ``first_tile`` on. ``waits_from`` is -1 in the
+    first; in the second, whose programs start beside the last ones of the first, those of its tiles from ``waits_from``
+    on wait for it before all else, the others behind their base product. None lets the kernel after it start before it
+    has waited, so that for that kernel the first launch is complete.
     """
-    if not EARLY:
-        wait_for_producer(PDL)
-    release_consumer(PDL)
     block, tile = place(SLICE, BLOCK_N, GROUP_TILES)
+    if SPLIT and waits_from >= 0:
+        if tile >= waits_from:
+            wait_for_producer(PDL)
+            release_consumer(PDL)
+    else:
+        if not EARLY:
+            wait_for_producer(PDL)
+        release_consumer(PDL)
+    is_first = tile == 0
+    if SPLIT:
+        tile += first_tile
     # as `load_tile`, but here: of what a called function loads to find where to store, ahead-of-time compilation cannot
     # tell that it is only read
     entry, stride = schedule + 2 * (num_pairs + 1) + tile // PARTS, num_pairs + 1
@@ -307,6 +332,7 @@ def gate_up_tiles(
                 TMA,
                 JOINT,
                 EARLY,
+                SPLIT,
                 PDL,
             )
         else:
@@ -354,6 +380,7 @@ def gate_up_tiles(
                 TMA,
                 JOINT,
                 EARLY,
+                SPLIT,
                 PDL,
             )
         if STREAM and again:
@@ -405,8 +432,9 @@ def gate_up_tiles(
                     TMA,
                     JOINT,
                     EARLY,
+                    SPLIT,
                     PDL,
                 )
-    # a program without a tile waits too, so that the end of this kernel means the end of the one before
-    if EARLY:
+    # those of the first tile in any case, so that the end of this kernel means the end of the one before
+    if (EARLY or SPLIT) and is_first:
         wait_for_producer(PDL)

@@ -3,7 +3,8 @@
 Few pairs take one program each and stream their own matrix (`shrink_pairs`, no sort, no tensor cores: the bytes of A
 are the time; `shrink_streams` inside the whole layer, with copies in flight). Many pairs are sorted, so that the pairs
 of a virtual expert are neighbours: a run, which meets its matrix in one tensor-core product (`shrink_runs`).
-Each lets the kernel after it start once the one before it is complete: all but the rank vectors is there then.
+Each lets the kernel after it start once the one before it is complete: all but the rank vectors is there then. Behind
+a product in two launches (``SPLIT``) it starts when the first of them is complete, and so does the kernel after it.
 """
 
 import triton
@@ -12,9 +13,16 @@ import triton.language as tl
 from .common import fma, load_row, load_run, num_runs, release_consumer, virtual_ids, wait_for_producer
 
 
+@triton.jit
+def _is_late(virtual, schedule, first_tiles, num_pairs, num_experts):
+    """Whether an expert has rows beyond the first tiles; their experts ascend."""
+    expert = tl.load(schedule + 2 * (num_pairs + 1) + first_tiles)
+    return (expert >= 0) & (virtual % num_experts >= expert)
+
+
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
-    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras", "first_tiles"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "schedule"],
 )
 def shrink_pairs(
     x,
@@ -23,11 +31,13 @@ def shrink_pairs(
     topk_ids,
     mapping,
     enabled,
+    schedule,
     num_pairs,
     top_k,
     pairs_per_row,
     num_experts,
     max_loras,
+    first_tiles,
     STRIDE_X: tl.constexpr,
     IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -37,18 +47,25 @@ def shrink_pairs(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks."""
+    """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks.
+
+    ``SPLIT``: the input of the experts of the first ``first_tiles`` tiles of ``schedule`` is complete from the start.
+    """
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
-    wait_for_producer(PDL)
+    if not SPLIT:
+        wait_for_producer(PDL)
     release_consumer(PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     if virtual >= 0:
+        if SPLIT and _is_late(virtual, schedule, first_tiles, num_pairs, num_experts):
+            wait_for_producer(PDL)
         weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
         a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
         x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X
@@ -59,6 +76,9 @@ def shrink_pairs(
             acc += values.to(tl.float32) * load_row(x_row, k, inside, BLOCK_R)
     target = out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows
     tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
+    # the end of this kernel means the end of the one before
+    if SPLIT and tl.program_id(0) == 0:
+        wait_for_producer(PDL)
 
 
 @triton.jit
@@ -113,7 +133,7 @@ def _clear_skipped(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras", "first_tiles", "part"],
     do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "schedule"],
 )
 def shrink_runs(
@@ -129,6 +149,8 @@ def shrink_runs(
     pairs_per_row,
     num_experts,
     max_loras,
+    first_tiles,
+    part,
     STRIDE_X: tl.constexpr,
     IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -142,17 +164,21 @@ def shrink_runs(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (runs times ``PIECES``, blocks of A's rows, planes): ``PIECES`` programs share the rows of a run; they take
     turns where there are more runs than programs. ``IN_ORDER``: the rows of ``x`` stand in the sorted order.
+    ``SPLIT``: those of the first ``first_tiles`` tiles are complete from the start. The launch with ``part`` 0 takes
+    them, the one with 1 the others, which are complete when it starts.
     """
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     local = tl.arange(0, BLOCK_M)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
     out += plane.to(tl.int64) * num_pairs * ROWS
-    wait_for_producer(PDL)
+    if not SPLIT:
+        wait_for_producer(PDL)
     release_consumer(PDL)
     if CLEAR:
         _clear_skipped(
@@ -171,8 +197,16 @@ def shrink_runs(
             BLOCK_R,
         )
     run, used = tl.program_id(0) // PIECES, num_runs(schedule, num_pairs)
+    if SPLIT:
+        bound = tl.load(schedule + 3 * (num_pairs + 1) + first_tiles)
+        bound = tl.where(bound < 0, num_pairs, bound)
     while run < used:
-        virtual, first, count = load_run(schedule, num_pairs, run)
+        virtual, first, count = load_run(schedule, num_pairs, used - 1 - run if SPLIT and part > 0 else run)
+        if SPLIT:
+            # the rows of this run that are this launch's; where there are none, those after it have none either
+            inside = tl.minimum(tl.maximum(bound - first, 0), count)
+            first, count = tl.where(part > 0, first + inside, first), tl.where(part > 0, count - inside, inside)
+            run = tl.where(count > 0, run, used)
         weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
         a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
         for piece in range(tl.program_id(0) % PIECES * BLOCK_M, count, PIECES * BLOCK_M):
@@ -195,11 +229,14 @@ def shrink_runs(
             target = out + pairs[:, None].to(tl.int64) * ROWS + rows[None, :]
             tl.store(target, acc, mask=there[:, None] & (rows[None, :] < ROWS))
         run += tl.num_programs(0) // PIECES
+    # the end of this kernel means the end of the one before
+    if SPLIT and tl.program_id(0) == 0:
+        wait_for_producer(PDL)
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras"],
-    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled"],
+    do_not_specialize=["num_pairs", "top_k", "pairs_per_row", "num_experts", "max_loras", "first_tiles"],
+    do_not_specialize_on_alignment=["topk_ids", "mapping", "enabled", "schedule"],
 )
 def shrink_streams(
     x,
@@ -208,11 +245,13 @@ def shrink_streams(
     topk_ids,
     mapping,
     enabled,
+    schedule,
     num_pairs,
     top_k,
     pairs_per_row,
     num_experts,
     max_loras,
+    first_tiles,
     STRIDE_X: tl.constexpr,
     IN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -222,6 +261,7 @@ def shrink_streams(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """As `shrink_pairs`, the matrix through the tensor cores: one row of sixteen counts, but its bytes are on their way
@@ -231,10 +271,13 @@ def shrink_streams(
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     there = tl.arange(0, 16) == 0
-    wait_for_producer(PDL)
+    if not SPLIT:
+        wait_for_producer(PDL)
     release_consumer(PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
     if virtual >= 0:
+        if SPLIT and _is_late(virtual, schedule, first_tiles, num_pairs, num_experts):
+            wait_for_producer(PDL)
         weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
         x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X + tl.zeros([16], tl.int32)[:, None]
         a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
@@ -244,3 +287,6 @@ def shrink_streams(
             out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows[None, :] + tl.zeros([16], tl.int32)[:, None]
         )
         tl.store(target, acc, mask=there[:, None] & (rows < ROWS)[None, :])
+    # the end of this kernel means the end of the one before
+    if SPLIT and tl.program_id(0) == 0:
+        wait_for_producer(PDL)

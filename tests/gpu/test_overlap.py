@@ -1,0 +1,118 @@
+"""Kernels that start before the one before them has ended read nothing that it has yet to write.
+
+From one graph, whose buffers hold what the replay before left there; never filled in between, which would part the
+kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from layers import Layer, make_layer
+from torch import Tensor
+
+from torch_lora_moe import MoELoRA, config, fused_experts, layer, split
+
+pytestmark = pytest.mark.skipif(
+    not config.has_dependent_launch(torch.device("cuda")), reason="each kernel starts when the one before has ended"
+)
+
+QWEN3 = {"top_k": 8, "experts": 128, "hidden": 2048, "inner": 768}
+SMALL = {"top_k": 6, "experts": 64, "hidden": 1024, "inner": 704}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_filled() -> Iterator[None]:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def adapted(lora: MoELoRA, which: str) -> MoELoRA | None:
+    """The adapters of one projection, of both or of none."""
+    gate_up_a, gate_up_b, down_a, down_b, enabled = lora
+    if which == "none":
+        return None
+    if which == "gate_up":
+        return MoELoRA(gate_up_a, gate_up_b, None, None, enabled)
+    return MoELoRA(None, None, down_a, down_b, enabled) if which == "down" else lora
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "rank", "sizes", "which"),
+    [
+        (8, 8, 16, QWEN3, "both"),
+        (32, 8, 64, QWEN3, "both"),
+        (32, 8, 16, QWEN3, "down"),
+        (32, 8, 16, QWEN3, "none"),
+        (128, 8, 16, QWEN3, "both"),
+        (256, 32, 64, QWEN3, "both"),
+        (512, 8, 16, QWEN3, "gate_up"),
+        (512, 8, 16, QWEN3, "down"),
+        (512, 8, 16, QWEN3, "none"),
+        (1000, 4, 24, QWEN3, "both"),
+        (5000, 8, 16, QWEN3, "both"),
+        (60, 8, 16, SMALL, "both"),
+        (2000, 3, 64, SMALL, "both"),
+    ],
+)
+def test_replays_of_changing_batches(
+    tokens: int, slots: int, rank: int, sizes: dict[str, int], which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make_layer(tokens, slots=slots, rank=rank, **sizes)
+    lora, batches = adapted(weights.lora, which), [batch(weights, seed) for seed in range(5)]
+
+    def call() -> Tensor:
+        mapping = None if lora is None else weights.mapping
+        return fused_experts(weights.x, weights.w13, weights.w2, weights.weights, weights.ids, lora, mapping)
+
+    layer._PLANS.clear()
+    with monkeypatch.context() as one_launch:
+        one_launch.setattr(split, "first_tiles", lambda *sizes: 0)
+        expected = []
+        for tensors in batches:
+            load(weights, tensors)
+            expected.append(call())
+    layer._PLANS.clear()
+    replay = captured(call)
+    (plan,) = layer._PLANS.values()
+    assert plan.first_tiles > 0
+    for _ in range(20):
+        for tensors, wanted in zip(batches, expected, strict=True):
+            load(weights, tensors)
+            assert torch.equal(replay(), wanted)
+
+
+def batch(weights: Layer, seed: int) -> tuple[Tensor, ...]:
+    """Other tokens, routes and slots; in some batches only a few experts, one slot, or hardly a route at all."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(weights.x.shape, generator=generator, device="cuda").to(weights.x.dtype)
+    experts, slots = weights.w13.shape[0], weights.lora.down_a.shape[0]  # type: ignore[union-attr]
+    ids = torch.rand(len(x), experts, generator=generator, device="cuda").topk(weights.ids.shape[1]).indices.int()
+    mapping = torch.randint(-1, slots, (len(x),), generator=generator, device="cuda", dtype=torch.int32)
+    if seed == 2:
+        ids = torch.where(ids < experts // 2, ids, -1)
+    if seed == 3:
+        ids = torch.where(torch.arange(len(x), device="cuda")[:, None] < 3, ids, experts)
+    return x, ids, mapping.clamp(max=0) if seed == 4 else mapping
+
+
+def load(weights: Layer, tensors: tuple[Tensor, ...]) -> None:
+    for target, values in zip((weights.x, weights.ids, weights.mapping), tensors, strict=True):
+        target.copy_(values)
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``call`` from a graph."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
