@@ -4,7 +4,8 @@ One token, or so few that a sort would cost more than it spares: shrink, then tw
 second of which makes its own rank vectors and sums over experts (``kernels.matvec``).
 More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
-ended, and waits for it where it first reads what that one writes.
+ended, and waits for it where it first reads what that one writes. Long products go in two launches (``split``):
+gate_up, gate_up, shrink, down; or with runs gate_up, gate_up, shrink, down, shrink, down, each on tiles of its own.
 """
 
 from __future__ import annotations
