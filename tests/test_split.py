@@ -25,7 +25,8 @@ def test_used_tiles_are_those_of_a_random_batch(tokens: int, experts: int, top_k
         ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices
         counts = ids.flatten().bincount(minlength=experts)
         used.append((-(-counts // rows)).sum().item())
-    assert split.used_tiles(num_pairs, experts, rows) == pytest.approx(sum(used) / len(used), rel=0.1)
+    tiles = min(num_pairs, num_pairs // rows + experts)
+    assert split.used_tiles(num_pairs, experts, rows, tiles) == pytest.approx(sum(used) / len(used), rel=0.1)
 
 
 def test_rounds() -> None:
@@ -64,12 +65,19 @@ def test_launches_take_each_tile_once(first: int, waits: bool) -> None:
     assert all(part.waits_from < part.tiles for part in parts)
 
 
+@pytest.mark.parametrize("rounds", [3.0, 100.0, 1e6])
+def test_the_second_launch_has_a_tile(rounds: float) -> None:
+    """Also of one expert, whose last tile is nearly full: half a tile more than there are would be used on average."""
+    used = split.used_tiles(128 * 11 - 1, 1, 128, 11)
+    assert split.first_tiles(True, TILE, used, rounds, None) <= 10
+
+
 @pytest.mark.parametrize("rank", [0, 16, 64])
 @pytest.mark.parametrize("num_pairs", [2**k for k in range(5, 18)])
 def test_of_the_rules_no_launch_is_empty(num_pairs: int, rank: int) -> None:
     rows = routing.expert_tile_rows(num_pairs, 128)
-    used = split.used_tiles(num_pairs, 128, rows)
     tiles = min(num_pairs, num_pairs // rows + 128)
+    used = split.used_tiles(num_pairs, 128, rows, tiles)
     product = Product(num_pairs, rows, used, 768, 2048, 2, rank, num_pairs > 1000, 8, num_pairs / 1024, True)
     tile = config.gate_up_config(product, True)
     first = split.first_tiles(True, tile, used, split.rounds(product, tile, 2, used), None)

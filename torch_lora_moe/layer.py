@@ -122,7 +122,7 @@ class TilePlan:
         first = self._product(call.w13, call.gate_up_b, self.inner, planes, pdl)
         second = self._product(call.w2, call.down_b, self.hidden, down_planes, pdl)
         gate_up_tile, down_tile = self._gate_up_config(call, first), self._down_config(call, second)
-        self.used = split.used_tiles(self.num_pairs, self.num_experts, self.rows)
+        self.used = split.used_tiles(self.num_pairs, self.num_experts, self.rows, self.tiles)
         # down goes in two launches where its rank vectors do, run by run
         self.splits_down = self.has_runs and call.down_a is not None
         gate_up_rounds = split.rounds(first, gate_up_tile, call.num_slices, self.used)

@@ -37,10 +37,10 @@ class Launch(NamedTuple):
     waits_from: int
 
 
-def used_tiles(num_pairs: int, num_experts: int, rows: int) -> float:
-    """Tiles that a random batch fills: one for each expert that has pairs, or those of all its rows."""
+def used_tiles(num_pairs: int, num_experts: int, rows: int, tiles: int) -> float:
+    """Those of ``tiles`` that a random batch fills: one for each expert that has pairs, or those of all its rows."""
     experts = expected_tiles(num_pairs, num_experts, num_pairs)
-    return max(experts, num_pairs / rows + experts / 2)
+    return min(tiles, max(experts, num_pairs / rows + experts / 2))
 
 
 def rounds(product: Product, config: TileConfig, num_slices: int, tiles: float) -> float:
