@@ -66,7 +66,7 @@ def first_tiles(
         gate_up_rounds: `rounds` of all of them.
         down_rounds: the same of down, where it goes in two launches too.
     """
-    # tiles side by side share each block of a weight that L2 does not hold, and the kernel behind would push it out
+    # tiles side by side, of weights that L2 does not hold, lost by it
     if not overlaps or gate_up_rounds < LEAST_ROUNDS or config.group_tiles > 1:
         return 0
     if down_rounds is not None and not LEAST_DOWN_ROUNDS <= down_rounds <= MOST_DOWN_ROUNDS * gate_up_rounds:

@@ -271,7 +271,7 @@ SPLIT_LAYERS = {
     "only_down": (2, Case(30, 3, 6, adapted=("down",))),
     "no_adapter": (3, Case(30, 3, 6, mapping=(-1,) * 30)),
     "no_lora": (4, Case(30, 3, 6, adapted=())),
-    "all_in_the_first": (8, Case(20, 2, 6)),
+    "all_in_the_first": (7, Case(20, 2, 6)),
 }
 
 

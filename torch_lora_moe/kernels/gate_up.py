@@ -143,6 +143,7 @@ def _gate_up_tile(
 
     if EARLY or SPLIT:
         wait_for_producer(PDL)
+    if SPLIT:
         release_consumer(PDL)
     if RANK > 0:
         if PRELOAD:
