@@ -65,11 +65,17 @@ def _down_tile(
     """``BLOCK_N`` columns of the weighted output of one tile; returns what `_gate_up_tile` does."""
     local = tl.arange(0, BLOCK_M)
     there = local < count
+    # the tallest tiles have no registers left to load them before the base product
+    EARLY_RUNS: tl.constexpr = STREAM > 0 and BLOCK_M < 128
+    again = tl.full([], False, tl.int1)
     pairs = tl.load(schedule + start + local, mask=there, other=0)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = tl.load(topk_weights + pairs, mask=there, other=0.0).to(tl.float32)
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
+        if EARLY_RUNS:
+            runs = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M)
+            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
         if PRELOAD:
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
@@ -100,20 +106,24 @@ def _down_tile(
             acc = fma(acc, s, join_b(early_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if STREAM:
-            runs, r = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M), tl.arange(0, BLOCK_R)
-            rows = shrunk + pairs.to(tl.int64)[:, None] * RANK + r[None, :]
             parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
-            for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
-                run, part = step // parts, step % parts * BLOCK_R
-                b_row = matrix * OUT + block * BLOCK_N
-                matrix = matrix_of_run(
-                    schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
-                )
-                mine = (runs == run)[:, None]
-                if RANK % BLOCK_R != 0:
-                    mine = mine & (part + r < RANK)[None, :]
-                acc = fma(acc, tl.load(rows + part, mask=mine, other=0.0), b_matrix.load([b_row, part]), there)
+            if begin < end:
+                if not EARLY_RUNS:
+                    runs = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M)
+                    matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
+                r = tl.arange(0, BLOCK_R)
+                rows = shrunk + pairs.to(tl.int64)[:, None] * RANK + r[None, :]
+                for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
+                    run, part = step // parts, step % parts * BLOCK_R
+                    b_row = matrix * OUT + block * BLOCK_N
+                    matrix = matrix_of_run(
+                        schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
+                    )
+                    mine = (runs == run)[:, None]
+                    if RANK % BLOCK_R != 0:
+                        mine = mine & (part + r < RANK)[None, :]
+                    acc = fma(acc, tl.load(rows + part, mask=mine, other=0.0), b_matrix.load([b_row, part]), there)
+                again = not_all_finite(acc, there)
         else:
             for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
                 mine, matrix = take_slots(
@@ -123,7 +133,6 @@ def _down_tile(
                     s = load_shrunk(shrunk, b, pairs, mine, r, num_pairs, 0, 1, RANK, NUM_PLANES, GROUPS, BLOCK_R)
                     right = load_b(b, matrix, n, r, 0, 1, OUT, RANK, GROUPS, BLOCK_R)
                     acc = fma(acc, s, join_b(right, GROUPS, BLOCK_R), there)
-    again = not_all_finite(acc, there) if STREAM else False
     target = out + pairs.to(tl.int64)[:, None] * OUT + n[None, :]
     mask = there[:, None] if OUT % BLOCK_N == 0 else there[:, None] & (n < OUT)[None, :]
     tl.store(target, (acc * scale[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -91,6 +91,9 @@ def _gate_up_tile(
     """
     local = tl.arange(0, BLOCK_M)
     there = local < count
+    # the tallest tiles have no registers left to load them before the base product
+    EARLY_RUNS: tl.constexpr = STREAM > 0 and BLOCK_M < 128
+    again = tl.full([], False, tl.int1)
     pairs = tl.load(schedule + start + local, mask=there, other=0)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     slices: tl.constexpr = 2 if IS_GATED else 1
@@ -99,6 +102,9 @@ def _gate_up_tile(
 
     if RANK > 0:
         begin, end = slots_of_tile(schedule, start, count, num_pairs, HAS_RUNS)
+        if EARLY_RUNS:
+            runs = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M)
+            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
         if PRELOAD:
             own, matrix = take_slots(
                 begin, end, schedule, start, num_pairs, num_experts, HAS_RUNS, SHARED, GROUPS, BLOCK_M
@@ -154,24 +160,28 @@ def _gate_up_tile(
             gate = fma(gate, s, join_b(early_gate_b, GROUPS, BLOCK_R), there)
             begin += GROUPS
         if STREAM:
-            runs, r = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M), tl.arange(0, BLOCK_R)
-            rows = shrunk + pairs.to(tl.int64)[:, None] * (slices * RANK) + r[None, :]
             parts: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
-            matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
-            for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
-                run, part = step // parts, step % parts * BLOCK_R
-                b_row = matrix * out_size + block * BLOCK_N
-                matrix = matrix_of_run(
-                    schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
-                )
-                mine = (runs == run)[:, None]
-                if RANK % BLOCK_R != 0:
-                    mine = mine & (part + r < RANK)[None, :]
-                if IS_GATED:
-                    up_s = tl.load(rows + part + RANK, mask=mine, other=0.0)
-                    up = fma(up, up_s, b_matrix.load([b_row + SLICE, part]), there)
-                s = tl.load(rows + part, mask=mine, other=0.0)
-                gate = fma(gate, s, b_matrix.load([b_row, part]), there)
+            if begin < end:
+                if not EARLY_RUNS:
+                    runs = runs_of_rows(schedule, start, count, num_pairs, HAS_RUNS, BLOCK_M)
+                    matrix = matrix_of_run(schedule, start, begin, end, num_pairs, num_experts, HAS_RUNS, SHARED)
+                r = tl.arange(0, BLOCK_R)
+                rows = shrunk + pairs.to(tl.int64)[:, None] * (slices * RANK) + r[None, :]
+                for step in tl.range(begin * parts, end * parts, num_stages=STREAM):
+                    run, part = step // parts, step % parts * BLOCK_R
+                    b_row = matrix * out_size + block * BLOCK_N
+                    matrix = matrix_of_run(
+                        schedule, start, (step + 1) // parts, end, num_pairs, num_experts, HAS_RUNS, SHARED
+                    )
+                    mine = (runs == run)[:, None]
+                    if RANK % BLOCK_R != 0:
+                        mine = mine & (part + r < RANK)[None, :]
+                    if IS_GATED:
+                        up_s = tl.load(rows + part + RANK, mask=mine, other=0.0)
+                        up = fma(up, up_s, b_matrix.load([b_row + SLICE, part]), there)
+                    s = tl.load(rows + part, mask=mine, other=0.0)
+                    gate = fma(gate, s, b_matrix.load([b_row, part]), there)
+                again = not_all_finite(gate + up, there)
         else:
             for slot in tl.range(begin, end, GROUPS, num_stages=LORA_STAGES):
                 mine, matrix = take_slots(
@@ -187,7 +197,6 @@ def _gate_up_tile(
                         up_b = load_b(b, matrix, n, r, 1, slices, SLICE, RANK, GROUPS, BLOCK_R)
                         up = fma(up, up_s, join_b(up_b, GROUPS, BLOCK_R), there)
                     gate = fma(gate, s, join_b(gate_b, GROUPS, BLOCK_R), there)
-    again = not_all_finite(gate + up, there) if STREAM else False
     value = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     out_rows = start + local if IN_ORDER else pairs
     target = out + out_rows.to(tl.int64)[:, None] * SLICE + n[None, :]
