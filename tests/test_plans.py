@@ -11,7 +11,7 @@ descriptors = pytest.importorskip("triton.tools.tensor_descriptor")
 
 
 def test_descriptor_is_tritons_own() -> None:
-    from torch_lora_moe.plans import Address, descriptor
+    from torch_lora_moe.descriptors import Address, descriptor
 
     weight = torch.zeros(3, 20, 64, dtype=torch.bfloat16)[:, :, :48]
     mine = descriptor(weight, weight, [16, 32])
@@ -83,7 +83,7 @@ def test_programs_share_the_rows_of_long_runs() -> None:
 
 def test_batches_of_all_sizes_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel is compiled a few times for all batch sizes, not once for each."""
-    from torch_lora_moe import launch, layer, plans
+    from torch_lora_moe import layer, plans, schedules
     from torch_lora_moe.checks import FusedArguments
 
     compiled: dict[str, set[object]] = {}
@@ -93,7 +93,7 @@ def test_batches_of_all_sizes_share_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         compiled.setdefault(plan.kernel.__name__, set()).add(key)
 
     monkeypatch.setattr(plans.Plan, "__call__", note)
-    monkeypatch.setattr(launch, "_ROUTE_PLANS", {})
+    monkeypatch.setattr(schedules, "_ROUTE_PLANS", {})
     slots, (hidden, inner, experts, top_k), rank = 8, (256, 128, 16, 4), 16
     w13, w2 = torch.empty(experts, 2 * inner, hidden), torch.empty(experts, hidden, inner)
     shapes = ((2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from torch_lora_moe import launch, layer, plans, routing  # noqa: E402
+from torch_lora_moe import driver, launch, layer, plans, routing, schedules  # noqa: E402
 from torch_lora_moe.checks import FusedArguments  # noqa: E402
 from torch_lora_moe.config import LaunchConfig  # noqa: E402
 
@@ -35,6 +35,9 @@ class Compiler:
         self.shared: dict[str, int] = {}
         self.ptx: dict[str, str] = {}
         self.parameters: dict[str, list[str]] = {}
+        # bytes of each parameter of the last kernel, and kernels that `driver` would leave to Triton
+        self.declared: list[int] = []
+        self.left: list[str] = []
         # the arguments whose values are compiled in
         self.fixed: tuple[str, ...] = ()
 
@@ -61,7 +64,23 @@ class Compiler:
         self.ptx[name] = compiled.asm["ptx"]
         # a descriptor is followed by its sizes and its strides
         widths = [1 + 2 * len(plan.matrices.get(i, ())) for i in range(len(types))]
+        entry = re.search(r"\.entry [^(]*\(([^)]*)\)", self.ptx[name])
+        assert entry is not None
+        self.declared = parameter_bytes(entry[1])
+        places = [8 * i for i in range(len(tensors))]
+        if driver.written_launch(compiled, plan.grid, tensors, places, sizes, plan.matrices) is None:
+            self.left.append(name)
         self.parameters[name] = [names[i] for i, width in enumerate(widths) for _ in range(width)]
+
+    # what `driver` looks for in the CUDA driver
+    cuTensorMapEncodeTiled = cuLaunchKernelEx = None
+
+    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
+        """Bytes of a parameter of the last kernel; 1: there is none."""
+        if index.value >= len(self.declared):
+            return 1
+        size._obj.value = self.declared[index.value]
+        return 0
 
     def first_read(self, kernel: str, parameter: str) -> int:
         """Where in a kernel's code it first reads what a pointer of its parameters points into."""
@@ -95,6 +114,12 @@ class Compiler:
         return next(i for i in self.waits(kernel) if i > after)
 
 
+def parameter_bytes(declared: str) -> list[int]:
+    """Bytes of each parameter that PTX declares: as an array of bytes, or by its type."""
+    found = [re.search(r"\[(\d+)\]", line) or re.search(r"\.[bufs](\d+)", line) for line in declared.split(",")]
+    return [int(one[1]) if one[0][0] == "[" else int(one[1]) // 8 for one in found if one is not None]
+
+
 def assembled(ptx: str, folder: Path) -> str:
     """What the assembler says about a kernel for compute capability 9.0."""
     (folder / "kernel.ptx").write_text(ptx)
@@ -107,9 +132,10 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     capability = request.param
     compiler = Compiler(capability)
     monkeypatch.setattr(plans.Plan, "__call__", lambda plan, tensors, *sizes: compiler(plan, tensors, sizes))
-    for module in (launch, layer):
+    for module in (launch, layer, schedules):
         monkeypatch.setattr(module, "overlaps", lambda device: capability >= 90)
     monkeypatch.setattr(layer, "shared_memory", lambda device: SHARED_MEMORY[capability])
+    monkeypatch.setattr(driver, "cuda", lambda: compiler)
     layer._PLANS.clear()
     yield compiler
     layer._PLANS.clear()
@@ -170,6 +196,8 @@ def test_hopper(compiler: Compiler, num_tokens: int, rank: int, tmp_path: Path) 
             # nor do steps of LoRA take so many registers that others go to memory
             assert rank != 16 or "0 bytes spill stores" in notes
     assert all("griddepcontrol.wait" in ptx for ptx in compiler.ptx.values())
+    # launches through the driver write the parameters that they have
+    assert not compiler.left
 
 
 # what the kernel before may still be making when a kernel starts
@@ -203,9 +231,9 @@ def test_nothing_unfinished_is_read(compiler: Compiler, num_tokens: int, rank: i
     # whether a launch waits for the one before or starts beside it
     compiler.fixed = ("waits_from",)
     layer._plan(call)(call)
-    launch._ROUTE_PLANS.clear()
-    launch.route(call.topk_ids, call.token_lora_mapping, None, 128, 8 if rank else 0)
-    launch._ROUTE_PLANS.clear()
+    schedules._ROUTE_PLANS.clear()
+    schedules.route(call.topk_ids, call.token_lora_mapping, None, 128, 8 if rank else 0)
+    schedules._ROUTE_PLANS.clear()
     unfinished = UNFINISHED | (TILES_WITH_LORA if rank else TILES)
     if num_tokens == 1 and not rank:
         del unfinished["gate_up_pairs"]
@@ -331,3 +359,4 @@ def test_older(compiler: Compiler, num_tokens: int, rank: int) -> None:
     layer._plan(call)(call)
     assert max(compiler.shared.values()) <= SHARED_MEMORY[compiler.target.arch]
     assert not any("griddepcontrol" in ptx or "wgmma" in ptx for ptx in compiler.ptx.values())
+    assert not compiler.left

@@ -60,6 +60,10 @@ class FusedArguments(NamedTuple):
         return (self.w13.shape[1:].numel() + self.w2.shape[1:].numel()) * self.w13.dtype.itemsize
 
 
+# Its first fields, the tensors.
+NUM_TENSORS = FusedArguments._fields.index("activation")
+
+
 def _fail(name: str, came: object, expected: str) -> NoReturn:
     raise ValueError(f"{name}: got {came}, expected {expected}")
 

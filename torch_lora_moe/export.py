@@ -86,13 +86,13 @@ def _device(module: nn.Module, inputs: Any) -> torch.device:
 @contextlib.contextmanager
 def _kernels_for_ops() -> Iterator[None]:
     """Inside, calls of the ops trace through to their Triton kernels instead of stopping at the op."""
-    from torch_lora_moe import launch, layer, plans
+    from torch_lora_moe import plans
 
     handles = {name: getattr(ops, name) for name in ops.SCHEMAS}
     with plans.traced_launches():
         try:
             for name in handles:
-                setattr(ops, name, getattr(layer if name == "fused_experts" else launch, name))
+                setattr(ops, name, ops.cuda_kernel(name))
             yield
         finally:
             for name, handle in handles.items():

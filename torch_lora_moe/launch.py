@@ -17,113 +17,12 @@ from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
 from torch_lora_moe.config import LaunchConfig, launch_config, power_of_two, run_pieces, shrink_planes
 from torch_lora_moe.kernels import expand, shrink
-from torch_lora_moe.kernels import route as route_kernels
 from torch_lora_moe.plans import Plan, new_plans, on_device, overlaps, remember
+from torch_lora_moe.schedules import routed
+from torch_lora_moe.steps import Run, Steps
 
 # Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
 MOST_RUN_PROGRAMS = 2048
-# Above this many pairs ranking every pair against all others costs more than two more launches. The GPU would be 1 us
-# quicker with those from some 2,500 pairs on, but the host slower.
-RANKED_PAIRS = 4096
-
-
-_ROUTE_PLANS = new_plans()
-
-
-@on_device
-def route(
-    topk_ids: Tensor,
-    token_lora_mapping: Tensor | None,
-    adapter_enabled: Tensor | None,
-    num_experts: int,
-    max_loras: int,
-) -> Tensor:
-    """See ``reference.route`` for what it returns."""
-    key = (like(topk_ids), like(token_lora_mapping), like(adapter_enabled), num_experts, max_loras)
-    plan = _ROUTE_PLANS.get(key)
-    if plan is None:
-        checks.check_routing(topk_ids, token_lora_mapping, adapter_enabled, num_experts, max_loras)
-        mapped = token_lora_mapping is not None and max_loras > 0
-        flagged, pdl = mapped and adapter_enabled is not None, overlaps(topk_ids.device)
-        plan = RoutePlan(topk_ids.shape, num_experts, max_loras, mapped, flagged, pdl)
-        remember(_ROUTE_PLANS, key, plan)
-    return plan(topk_ids, token_lora_mapping, adapter_enabled)
-
-
-class RoutePlan:
-    """The launches of a route: one up to `RANKED_PAIRS` pairs, else three (two without a mapping), and one for runs."""
-
-    def __init__(
-        self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool, pdl: bool
-    ) -> None:
-        num_tokens, self.top_k = shape
-        self.num_tokens, self.num_pairs = num_tokens, num_tokens * self.top_k
-        self.num_experts, self.max_loras, self.mapped = num_experts, max_loras, mapped
-        num_pairs, top_k = self.num_pairs, self.top_k
-        tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
-        most_tiles = min(num_pairs, num_pairs // tile_rows + num_experts)
-        self.sizes = (num_pairs, top_k, num_experts, max_loras, most_tiles)
-        bins = max(16, power_of_two(num_experts))
-        common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
-        columns = 8 if bins <= 1024 else 1
-        self.launches: list[Plan] = []
-        self.cut: Plan | None = None
-        if routing.cuts_runs(num_pairs, num_experts * max_loras):
-            chunk = 512 if num_pairs <= 4096 else 1024 if num_pairs <= 65536 else 4096
-            runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": 8192, "PDL": pdl}
-            self.cut = Plan(route_kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, (8, 1), pdl)
-        if num_pairs <= RANKED_PAIRS:
-            ks = power_of_two(top_k)
-            tokens = min(512, max(64, power_of_two(num_pairs))) // ks
-            unroll = min(4, power_of_two(-(-num_tokens // max(tokens, 1))))
-            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "UNROLL": unroll, "BLOCK_P": 16, "BLOCK_C": columns}
-            wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
-            grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
-            constants = {**common, "WIDE": wide, **blocks}
-            self.launches = [Plan(route_kernels.route_ranked, grid, constants, dependent=pdl)]
-            return
-        # few long chunks share few histograms, but each pair meets all others of its chunk
-        self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 131072 else 512
-        self.num_chunks = -(-num_pairs // self.chunk)
-        self.bins = bins
-        slots = max(32, power_of_two(max_loras + 1))
-        order = {"HAS_ENABLED": flagged, "PDL": pdl, "BINS": slots, "CHUNK": 64, "BLOCK_Q": 1024}
-        count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
-        rows = max(1, min(64, 4096 // bins))
-        others = 32 if self.chunk == 256 else 16
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": others, "BLOCK_H": rows, "BLOCK_C": columns}
-        programs = self.num_chunks + -(-most_tiles // columns)
-        self.launches = [
-            Plan(route_kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
-            Plan(route_kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
-            Plan(route_kernels.scatter_pairs, (programs, 1, 1), scatter, (4, 1), pdl),
-        ]
-
-    def __call__(self, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> Tensor:
-        """Launches and returns the schedule."""
-        schedule = topk_ids.new_empty(routing.schedule_shape(self.num_pairs), dtype=torch.int32)
-        if self.num_pairs == 0:
-            return schedule.zero_()
-        mapping = topk_ids if mapping is None else mapping
-        enabled = topk_ids if enabled is None else enabled
-        if len(self.launches) == 1:
-            self.launches[0]((topk_ids, mapping, enabled, schedule), self.num_tokens, *self.sizes)
-        else:
-            self._scatter(topk_ids, mapping, enabled, schedule)
-        if self.cut is not None:
-            self.cut((schedule,), self.num_pairs)
-        return schedule
-
-    def _scatter(self, topk_ids: Tensor, mapping: Tensor, enabled: Tensor, schedule: Tensor) -> None:
-        order = topk_ids.new_empty(-(-self.num_tokens // 4) * 4, dtype=torch.int32)
-        experts = topk_ids.new_empty(self.num_pairs, dtype=torch.int32)
-        histograms = topk_ids.new_empty(self.num_chunks * self.bins, dtype=torch.int32)
-        rank, count, scatter = self.launches
-        if self.mapped:
-            rank((mapping, enabled, order), self.num_tokens, self.max_loras)
-        count((topk_ids, order, experts, histograms), self.num_pairs, self.top_k, self.num_experts)
-        tensors = (mapping, enabled, order, experts, histograms, schedule)
-        scatter(tensors, *self.sizes, self.num_chunks)
 
 
 _SHRINK_PLANS = new_plans()
@@ -146,14 +45,48 @@ def lora_shrink(
     plan = _SHRINK_PLANS.get(key)
     if plan is None:
         checks.check_shrink(*tensors, num_experts, split_k)
-        plan = ShrinkPlan(*tensors, num_experts, split_k)
+        plan = ShrinkSteps(*tensors, num_experts, split_k)
         remember(_SHRINK_PLANS, key, plan)
-    out = hidden_states.new_empty((split_k, topk_ids.numel(), lora_a.shape[2]), dtype=torch.float32)
-    if topk_ids.numel():
-        if plan.sorts and schedule is None:
-            schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_a.shape[0])
-        plan(hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
+    out = plan(*tensors)
+    assert out is not None
     return out
+
+
+class ShrinkSteps(Steps):
+    """The call of the op: a route where it sorts and has no schedule, and the shrink."""
+
+    def __init__(
+        self,
+        hidden_states: Tensor,
+        lora_a: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+        num_experts: int,
+        split_k: int,
+    ) -> None:
+        tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
+        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, num_experts, split_k)
+        self.shape = (split_k, topk_ids.numel(), lora_a.shape[2])
+        self.num_experts, self.max_loras = num_experts, lora_a.shape[0]
+
+    def run(
+        self,
+        run: Run,
+        hidden_states: Tensor,
+        lora_a: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+    ) -> None:
+        """Launches, unless there is nothing to do."""
+        out = run.new_result(hidden_states, self.shape, torch.float32)
+        if topk_ids.numel():
+            if self.shrink.sorts and schedule is None:
+                schedule = routed(run, topk_ids, token_lora_mapping, adapter_enabled, self.num_experts, self.max_loras)
+            self.shrink(run, hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
 
 
 def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
@@ -225,6 +158,7 @@ class ShrinkPlan:
 
     def __call__(
         self,
+        run: Run,
         x: Tensor,
         a: Tensor,
         out: Tensor,
@@ -237,7 +171,7 @@ class ShrinkPlan:
         """Launches, of two launches the one that ``part`` says."""
         enabled, schedule = ids if enabled is None else enabled, ids if schedule is None else schedule
         sizes = (*self.sizes, part) if self.sorts else self.sizes
-        self.launches[part]((x, a, out, ids, mapping, enabled, schedule), *sizes)
+        run(self.launches[part], (x, a, out, ids, mapping, enabled, schedule), *sizes)
 
 
 _EXPAND_PLANS = new_plans()
@@ -262,12 +196,49 @@ def lora_expand_add_(
     plan = _EXPAND_PLANS.get(key)
     if plan is None:
         checks.check_expand(*tensors, num_experts, num_slices)
-        plan = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, num_experts, num_slices, shrunk.shape[0])
+        plan = ExpandSteps(*tensors, num_experts, num_slices)
         remember(_EXPAND_PLANS, key, plan)
-    if topk_ids.numel():
-        if plan.sorts and schedule is None:
-            schedule = route(topk_ids, token_lora_mapping, adapter_enabled, num_experts, lora_b.shape[0])
-        plan(output, shrunk, lora_b, topk_ids, token_lora_mapping, adapter_enabled, schedule, topk_weights)
+    plan(*tensors)
+
+
+class ExpandSteps(Steps):
+    """The call of the op: a route where it sorts and has no schedule, and the expand."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        shrunk: Tensor,
+        lora_b: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+        topk_weights: Tensor | None,
+        num_experts: int,
+        num_slices: int,
+    ) -> None:
+        sizes = (num_experts, num_slices, shrunk.shape[0])
+        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes)
+        self.num_experts, self.max_loras = num_experts, lora_b.shape[0]
+
+    def run(
+        self,
+        run: Run,
+        output: Tensor,
+        shrunk: Tensor,
+        lora_b: Tensor,
+        topk_ids: Tensor,
+        token_lora_mapping: Tensor,
+        adapter_enabled: Tensor | None,
+        schedule: Tensor | None,
+        topk_weights: Tensor | None,
+    ) -> None:
+        """Launches, unless there is nothing to do."""
+        if topk_ids.numel():
+            tokens = (topk_ids, token_lora_mapping, adapter_enabled)
+            if self.expand.sorts and schedule is None:
+                schedule = routed(run, *tokens, self.num_experts, self.max_loras)
+            self.expand(run, output, shrunk, lora_b, *tokens, schedule, topk_weights)
 
 
 class ExpandPlan:
@@ -314,6 +285,7 @@ class ExpandPlan:
 
     def __call__(
         self,
+        run: Run,
         output: Tensor,
         shrunk: Tensor,
         b: Tensor,
@@ -326,14 +298,14 @@ class ExpandPlan:
         """Launches."""
         weights = ids if weights is None else weights
         if self.sorts and schedule is not None:
-            self.launch((output, shrunk, b, schedule, weights), *self.sizes)
+            run(self.launch, (output, shrunk, b, schedule, weights), *self.sizes)
         else:
             enabled = ids if enabled is None else enabled
-            self.launch((output, shrunk, b, ids, mapping, enabled, weights), *self.sizes)
+            run(self.launch, (output, shrunk, b, ids, mapping, enabled, weights), *self.sizes)
 
 
-class AddPlan:
-    """The two launches of one projection."""
+class AddPlan(Steps):
+    """The call of the op: a route where it sorts and has no schedule, and the two launches of one projection."""
 
     def __init__(
         self,
@@ -358,8 +330,9 @@ class AddPlan:
         self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes, behind_shrink=True)
         self.shrunk = (self.shrink.split_k, self.num_pairs, lora_a.shape[2])
 
-    def __call__(
+    def run(
         self,
+        run: Run,
         output: Tensor,
         x: Tensor,
         a: Tensor,
@@ -370,12 +343,14 @@ class AddPlan:
         schedule: Tensor | None,
         weights: Tensor | None,
     ) -> None:
-        """Launches."""
+        """Launches, unless there is nothing to do."""
+        if self.num_pairs == 0:
+            return
         if self.shrink.sorts and schedule is None:
-            schedule = route(ids, mapping, enabled, self.num_experts, self.max_loras)
-        shrunk = x.new_empty(self.shrunk, dtype=torch.float32)
-        self.shrink(x, a, shrunk, ids, mapping, enabled, schedule)
-        self.expand(output, shrunk, b, ids, mapping, enabled, schedule, weights)
+            schedule = routed(run, ids, mapping, enabled, self.num_experts, self.max_loras)
+        shrunk = run.new(x, self.shrunk, torch.float32)
+        self.shrink(run, x, a, shrunk, ids, mapping, enabled, schedule)
+        self.expand(run, output, shrunk, b, ids, mapping, enabled, schedule, weights)
 
 
 _ADD_PLANS = new_plans()
@@ -403,5 +378,4 @@ def lora_add_(
         checks.check_lora_add(*tensors, *optional, num_slices)
         plan = AddPlan(*tensors, *optional, num_slices)
         remember(_ADD_PLANS, key, plan)
-    if plan.num_pairs:
-        plan(*tensors, *optional)
+    plan(*tensors, *optional)

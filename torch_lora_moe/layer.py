@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_lora_moe import checks, routing, split
-from torch_lora_moe.checks import FusedArguments, like
+from torch_lora_moe.checks import NUM_TENSORS, FusedArguments, like
 from torch_lora_moe.config import (
     LaunchConfig,
     Product,
@@ -37,9 +37,11 @@ from torch_lora_moe.config import (
     vector_config,
 )
 from torch_lora_moe.kernels import down, gate_up, matvec
-from torch_lora_moe.launch import ShrinkPlan, route
+from torch_lora_moe.launch import ShrinkPlan
 from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overlaps, remember
+from torch_lora_moe.schedules import routed
 from torch_lora_moe.split import Launch
+from torch_lora_moe.steps import Run, Steps
 
 
 def _strides(w: Tensor) -> dict[str, Any]:
@@ -86,21 +88,38 @@ class _Shrink:
         self.dtype = x.dtype if planes == 1 else torch.float32
         self.shape, self.planes = (planes, call.topk_ids.numel(), a.shape[2]), planes
 
-    def __call__(self, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None) -> Tensor:
-        shrunk = x.new_empty(self.shape, dtype=self.dtype)
-        self.launch(call, x, a, schedule, shrunk)
+    def __call__(self, run: Run, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None) -> Tensor:
+        shrunk = run.new(x, self.shape, self.dtype)
+        self.launch(run, call, x, a, schedule, shrunk)
         return shrunk
 
     def launch(
-        self, call: FusedArguments, x: Tensor, a: Tensor, schedule: Tensor | None, shrunk: Tensor, part: int = 0
+        self,
+        run: Run,
+        call: FusedArguments,
+        x: Tensor,
+        a: Tensor,
+        schedule: Tensor | None,
+        shrunk: Tensor,
+        part: int = 0,
     ) -> None:
         """One launch into ``shrunk``, the second one of two with ``part`` 1."""
         mapping = call.token_lora_mapping
         assert mapping is not None
-        self.plan(x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule, part)
+        self.plan(run, x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule, part)
 
 
-class TilePlan:
+class LayerSteps(Steps):
+    """The call of the op."""
+
+    def __call__(self, call: FusedArguments) -> Tensor:  # type: ignore[override]
+        """The layer."""
+        out = self.make(call[:NUM_TENSORS], call)  # type: ignore[arg-type]
+        assert out is not None
+        return out
+
+
+class TilePlan(LayerSteps):
     """The launches of a layer over the tiles of the sorted order."""
 
     def __init__(self, call: FusedArguments) -> None:
@@ -272,38 +291,35 @@ class TilePlan:
         how = {"dependent": pdl, "matrices": matrices}
         return self._launches(down.down_tiles, config, self.hidden, constants, launches, **how)
 
-    def __call__(self, call: FusedArguments) -> Tensor:
-        """Runs the layer."""
+    def run(self, run: Run, call: FusedArguments) -> None:
+        """Makes the launches of the layer."""
         x, ids, schedule = call.hidden_states, call.topk_ids, call.schedule
         if schedule is None:
             enabled = call.adapter_enabled if self.max_loras else None
-            schedule = route(ids, call.token_lora_mapping, enabled, self.num_experts, self.max_loras)
-        h = x.new_empty(self.num_pairs, self.inner)
-        y = x.new_empty(self.num_pairs, self.hidden)
-        out = x.new_empty(x.shape)
+            schedule = routed(run, ids, call.token_lora_mapping, enabled, self.num_experts, self.max_loras)
+        h = run.new(x, (self.num_pairs, self.inner))
+        y = run.new(x, (self.num_pairs, self.hidden))
+        out = run.new_result(x, x.shape)
         shrunk, b = y, call.w13
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
-            shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, schedule), call.gate_up_b
+            shrunk, b = self.gate_up_shrink(run, call, x, call.gate_up_a, schedule), call.gate_up_b
         bias = call.w13 if call.w13_bias is None else call.w13_bias
         sizes = (self.num_pairs, self.top_k, self.num_experts, call.swiglu_alpha, call.swiglu_limit)
         for launch, *tiles in self.gate_up:
-            launch((x, call.w13, bias, h, shrunk, b, schedule, b), *sizes, *tiles)
-        # kept: down's rank vectors, which may be made beside gate_up, must not take the place of those that it reads
-        gate_up_shrunk, shrunk, b = shrunk, h, call.w2
+            run(launch, (x, call.w13, bias, h, shrunk, b, schedule, b), *sizes, *tiles)
+        shrunk, b = h, call.w2
         if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
-            shrunk, b = self.down_shrink(call, h, call.down_a, schedule), call.down_b
-        del gate_up_shrunk
+            shrunk, b = self.down_shrink(run, call, h, call.down_a, schedule), call.down_b
         bias = call.w2 if call.w2_bias is None else call.w2_bias
         tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h, b)
         for part, (launch, *tiles) in enumerate(self.down):
             if part and self.down_shrink is not None and call.down_a is not None:
-                self.down_shrink.launch(call, h, call.down_a, schedule, shrunk, part)
-            launch(tensors, self.num_pairs, self.num_experts, *tiles)
-        self.sum((y, ids, out), call.routed_scaling_factor, self.num_experts)
-        return out
+                self.down_shrink.launch(run, call, h, call.down_a, schedule, shrunk, part)
+            run(launch, tensors, self.num_pairs, self.num_experts, *tiles)
+        run(self.sum, (y, ids, out), call.routed_scaling_factor, self.num_experts)
 
 
-class TokenPlan:
+class TokenPlan(LayerSteps):
     """The launches of a layer pair by pair, as of one token: nothing is sorted."""
 
     def __init__(self, call: FusedArguments) -> None:
@@ -378,25 +394,24 @@ class TokenPlan:
         grid = (programs, 1, 1)
         return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=7)
 
-    def __call__(self, call: FusedArguments) -> Tensor:
-        """Runs the layer."""
+    def run(self, run: Run, call: FusedArguments) -> None:
+        """Makes the launches of the layer."""
         x, ids, w13, w2 = call.hidden_states, call.topk_ids, call.w13, call.w2
         mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
         enabled = ids if call.adapter_enabled is None else call.adapter_enabled
-        h, out = x.new_empty(self.num_pairs, self.inner), x.new_empty(x.shape)
-        down_shrunk = x.new_empty(self.rank_vectors) if self.down_rank else h
+        h, out = run.new(x, (self.num_pairs, self.inner)), run.new_result(x, x.shape)
+        down_shrunk = run.new(x, (self.rank_vectors,)) if self.down_rank else h
         shrunk, b = h, w13
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
-            shrunk, b = self.gate_up_shrink(call, x, call.gate_up_a, None), call.gate_up_b
+            shrunk, b = self.gate_up_shrink(run, call, x, call.gate_up_a, None), call.gate_up_b
         bias = w13 if call.w13_bias is None else call.w13_bias
         sizes = (self.num_pairs, self.top_k, self.num_experts, self.max_loras)
         tensors = (x, w13, bias, h, shrunk, b, down_shrunk, ids, mapping, enabled)
-        self.gate_up(tensors, *sizes, call.swiglu_alpha, call.swiglu_limit)
+        run(self.gate_up, tensors, *sizes, call.swiglu_alpha, call.swiglu_limit)
         bias = w2 if call.w2_bias is None else call.w2_bias
         a, b = (w2, w2) if call.down_a is None or call.down_b is None else (call.down_a, call.down_b)
         inputs = (h, w2, bias, out, down_shrunk, b, a, ids, mapping, enabled, call.topk_weights)
-        self.down(inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
-        return out
+        run(self.down, inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
 
 
 class EmptyPlan:
@@ -427,7 +442,7 @@ def fused_experts(*args: object, **kwargs: object) -> Tensor:
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
     # what does not start at a multiple of 16 bytes cannot come through the copy engine
     copied = [w for w in (call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
-    key = (misalignment(*copied), *(like(value) if isinstance(value, Tensor) else value for value in call))
+    key = (misalignment(*copied), *map(like, call[:NUM_TENSORS]), *call[NUM_TENSORS:])  # type: ignore[arg-type]
     plan = _PLANS.get(key)
     if plan is None:
         checks.check_fused(call)

@@ -125,14 +125,20 @@ def _checked_layer(kernel: Callable[[FusedArguments], Tensor]) -> Callable[..., 
     return run
 
 
-def _from_module(module: str, name: str) -> Callable[..., Any]:
-    """A CUDA kernel that is imported, and Triton with it, at its first call; it checks what it has not seen before."""
+def cuda_kernel(name: str) -> Callable[..., Any]:
+    """The CUDA kernel of an op; imports its module, and Triton with it."""
+    kernel: Callable[..., Any] = getattr(importlib.import_module(f"torch_lora_moe.{_KERNELS[name][1]}"), name)
+    return kernel
+
+
+def _on_cuda(name: str) -> Callable[..., Any]:
+    """The CUDA kernel of an op, imported at its first call; it checks what it has not seen before."""
     kernel: Callable[..., Any] | None = None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal kernel
         if kernel is None:
-            kernel = getattr(importlib.import_module(f"torch_lora_moe.{module}"), name)
+            kernel = cuda_kernel(name)
         return kernel(*args, **kwargs)
 
     return run
@@ -140,7 +146,11 @@ def _from_module(module: str, name: str) -> Callable[..., Any]:
 
 # op: (CPU kernel, module of its CUDA kernel, fake)
 _KERNELS = {
-    "route": (_checked(checks.check_routing, _on_cpu("route")), "launch", _checked(checks.check_routing, _route_fake)),
+    "route": (
+        _checked(checks.check_routing, _on_cpu("route")),
+        "schedules",
+        _checked(checks.check_routing, _route_fake),
+    ),
     "lora_shrink": (
         _checked(checks.check_shrink, _on_cpu("lora_shrink")),
         "launch",
@@ -158,9 +168,9 @@ _KERNELS = {
     ),
     "fused_experts": (_checked_layer(_layer_on_cpu), "layer", _checked_layer(_fused_fake)),
 }
-for _name, (_cpu_kernel, _module, _fake) in _KERNELS.items():
+for _name, (_cpu_kernel, _, _fake) in _KERNELS.items():
     _LIBRARY.impl(_name, _cpu_kernel, "CPU")
-    _LIBRARY.impl(_name, _from_module(_module, _name), "CUDA")
+    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
     torch.library.register_fake(f"lora_moe::{_name}", _fake, lib=_LIBRARY)
 
 route = torch.ops.lora_moe.route.default

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,41 +13,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_lora_moe.config import has_dependent_launch
+from torch_lora_moe.descriptors import Address, descriptor
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
 MAX_PLANS = 4096
 _ALL_PLANS: list[dict[Any, Any]] = []
 # Whether launches go into a graph.
 _traced = False
-
-
-class Address(NamedTuple):
-    """Stands for a tensor where only its address is asked for."""
-
-    pointer: int
-
-    def data_ptr(self) -> int:
-        """The address."""
-        return self.pointer
-
-
-# What a descriptor has beside its tensor and its sizes differs between versions of Triton.
-_DESCRIPTOR_DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
-
-
-def descriptor(tensor: Tensor, base: Any, block: list[int]) -> SimpleNamespace:
-    """A tensor ``[..., rows, columns]`` as Triton's launcher reads a tensor descriptor: all rows one by one.
-
-    A block ``[slices, rows, columns]`` is taken from each of so many equal slices of the rows of a matrix.
-    Triton's own class checks itself at each launch and keeps the tensor alive; ``base`` may be an `Address`.
-    """
-    columns, stride = tensor.shape[-1], tensor.stride(-2)
-    shape, strides = [tensor.numel() // columns, columns], [stride, 1]
-    if len(block) == 3:
-        rows = tensor.shape[-2] // block[0]
-        shape, strides = [shape[0] // rows, rows, columns], [rows * stride, *strides]
-    sizes = {"shape": shape, "strides": strides, "block_shape": block}
-    return SimpleNamespace(base=base, **sizes, **_DESCRIPTOR_DEFAULTS)
 
 
 class Plan:
@@ -79,7 +50,7 @@ class Plan:
     def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
         """Launches on the current stream: ``tensors`` are the kernel's first arguments, ``sizes`` the next."""
         compiled = self.compiled
-        if compiled is None or _profiled():
+        if compiled is None or profiled():
             self._launch_with_triton(tensors, sizes)
             return
         # a launch from addresses spares Triton two calls for each tensor
@@ -146,7 +117,7 @@ def overlaps(device: torch.device) -> bool:
     return has_dependent_launch(device) and not _traced
 
 
-def _profiled() -> bool:
+def profiled() -> bool:
     """Whether someone (a profiler) listens to Triton's launches."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))

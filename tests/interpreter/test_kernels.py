@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, split
+from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, schedules, split
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -28,7 +28,7 @@ def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 
 def take(monkeypatch: pytest.MonkeyPatch, sorts: bool, tiles: bool) -> None:
-    for kept in (launch._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
+    for kept in (schedules._ROUTE_PLANS, launch._SHRINK_PLANS, launch._EXPAND_PLANS, launch._ADD_PLANS, layer._PLANS):
         kept.clear()
     monkeypatch.setattr(routing, "lora_sorts", lambda *sizes: sorts)
     monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: sorts)
@@ -358,31 +358,31 @@ def test_few_short_runs() -> None:
     ids=str,
 )
 def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
+    monkeypatch.setattr(schedules, "RANKED_PAIRS", 4096 if ranked else 0)
     monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: True)
-    launch._ROUTE_PLANS.clear()
+    schedules._ROUTE_PLANS.clear()
     tokens, top_k, experts, slots = sizes
     flags = tuple(slot % 3 != 1 for slot in range(slots))
     inputs = make_inputs(Case(tokens, top_k, experts, slots, rank=1, hidden_size=2, intermediate_size=2, enabled=flags))
     assert inputs.lora is not None
     for mapping, enabled in ((inputs.token_lora_mapping, inputs.lora.adapter_enabled), (None, None)):
         args = (inputs.topk_ids, mapping, enabled, experts, slots)
-        assert torch.equal(launch.route(*args), cpu.route(*args))
-    launch._ROUTE_PLANS.clear()
+        assert torch.equal(schedules.route(*args), cpu.route(*args))
+    schedules._ROUTE_PLANS.clear()
 
 
 @pytest.mark.parametrize("ranked", [True, False], ids=["one_launch", "three_launches"])
 def test_runs_of_many_chunks(ranked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are numbered across programs, and the long ones are cut."""
-    monkeypatch.setattr(launch, "RANKED_PAIRS", 4096 if ranked else 0)
+    monkeypatch.setattr(schedules, "RANKED_PAIRS", 4096 if ranked else 0)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, 3, (1500, 2), generator=generator)
     mapping = torch.randint(0, 4, (1500,), generator=generator).clamp(max=1) - 1
-    launch._ROUTE_PLANS.clear()
-    schedule = launch.route(ids, mapping, None, 2, 2)
+    schedules._ROUTE_PLANS.clear()
+    schedule = schedules.route(ids, mapping, None, 2, 2)
     assert torch.equal(schedule, cpu.route(ids, mapping, None, 2, 2))
     assert schedule[routing.LORA_RUN_ROWS].max() == routing.RUN_ROWS
-    launch._ROUTE_PLANS.clear()
+    schedules._ROUTE_PLANS.clear()
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "chunk"), [(900, 8, 128), (2100, 8, 256)])
@@ -391,17 +391,17 @@ def test_routes_of_longer_chunks(tokens: int, top_k: int, chunk: int) -> None:
     ids = torch.randint(-1, 21, (tokens, top_k), generator=generator)
     mapping = torch.randint(-1, 6, (tokens,), generator=generator)
     enabled = torch.tensor([True, True, False, True, True])
-    launch._ROUTE_PLANS.clear()
-    assert torch.equal(launch.route(ids, mapping, enabled, 20, 5), cpu.route(ids, mapping, enabled, 20, 5))
-    (plan,) = launch._ROUTE_PLANS.values()
+    schedules._ROUTE_PLANS.clear()
+    assert torch.equal(schedules.route(ids, mapping, enabled, 20, 5), cpu.route(ids, mapping, enabled, 20, 5))
+    (plan,) = schedules._ROUTE_PLANS.values()
     assert plan.chunk == chunk
 
 
 def test_ids_beyond_int32_do_not_wrap() -> None:
     """An int64 id whose low half looks valid is still out of range."""
     ids, mapping = torch.tensor([[2**32, 1], [1, 2**33 + 1]]), torch.tensor([2**32, 0])
-    launch._ROUTE_PLANS.clear()
-    assert torch.equal(launch.route(ids, mapping, None, 2, 2), cpu.route(ids, mapping, None, 4, 2))
+    schedules._ROUTE_PLANS.clear()
+    assert torch.equal(schedules.route(ids, mapping, None, 2, 2), cpu.route(ids, mapping, None, 4, 2))
 
 
 # 64 columns are one block: further planes are empty

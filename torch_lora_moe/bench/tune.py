@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
 
-from torch_lora_moe import launch, routing
+from torch_lora_moe import launch, routing, schedules
 from torch_lora_moe.bench.problems import SHAPES, Problem, make_problems
 from torch_lora_moe.bench.timing import environment, graph_time
 from torch_lora_moe.config import HEURISTICS, LaunchConfig, power_of_two
@@ -75,7 +75,7 @@ class Job:
         # random numbers, not zeros: a GPU draws less power on zeros and runs faster
         self.inputs = [p.x if gate_up else torch.randn_like(p.x.new_empty(pairs, inner)) for p in problems]
         self.outputs = [torch.randn_like(p.x.new_empty(*p.topk_ids.shape, b.shape[2])) for p in problems]
-        self.schedules = [launch.route(*self._tokens(p), self.num_experts, a.shape[0]) for p in problems]
+        self.schedules = [schedules.route(*self._tokens(p), self.num_experts, a.shape[0]) for p in problems]
         self.sorts = routing.lora_sorts(pairs, self.num_experts * a.shape[0])
         self.kernels = ("shrink_runs", "expand_runs") if self.sorts else ("shrink_pairs", "expand_pairs")
         width = b.shape[2] // self.num_slices

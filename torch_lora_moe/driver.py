@@ -1,0 +1,205 @@
+"""Launches through the CUDA driver, from arguments that stay written.
+
+Triton's own launch takes all arguments apart anew, constants and tensor descriptors among them, which takes several
+times as long as the driver's call in which it ends. What is written here must be what the kernel reads: the driver
+says which parameters it has, and where that is something else, Triton launches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_lora_moe.descriptors import MAP_BYTES, TensorMaps, tensor_maps
+
+# Of cuda.h: an attribute of a launch, and two results.
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_INVALID_VALUE, _INVALID_CONTEXT = 1, 201
+_SCALARS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_memory", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with a number as its value."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+@functools.cache
+def cuda() -> Any:
+    """The CUDA driver, None where there is none that tells a kernel's parameters (from 12.4 on it does)."""
+    if torch.version.cuda is None:
+        return None
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return library if hasattr(library, "cuFuncGetParamInfo") else None
+
+
+def parameters(signature: Sequence[str], dimensions: Mapping[int, int]) -> list[int]:
+    """Bytes of each parameter of a compiled kernel; none if there is a type that no launch here has.
+
+    Args:
+        signature: the types of its arguments, as Triton names them.
+        dimensions: how many each tensor descriptor has, by the number of its argument.
+    """
+    sizes = []
+    for index, kind in enumerate(signature):
+        if index in dimensions:
+            # the map, the shape and the strides
+            sizes += [MAP_BYTES] + [4] * dimensions[index] + [8] * dimensions[index]
+        elif kind[0] == "*":
+            sizes.append(8)
+        elif kind in _SCALARS:
+            sizes.append(ctypes.sizeof(_SCALARS[kind]))
+        elif kind != "constexpr":
+            return []
+    # addresses of memory that Triton provides, which no kernel here asks for
+    return [*sizes, 8, 8]
+
+
+def _told_parameters(driver: Any, function: int, most: int) -> list[int]:
+    """Bytes of each parameter of a kernel by the driver, of one more than ``most`` at most."""
+    offset, size, sizes = ctypes.c_size_t(), ctypes.c_size_t(), list[int]()
+    while len(sizes) <= most:
+        at = (ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size))
+        result = driver.cuFuncGetParamInfo(ctypes.c_void_p(function), *at)
+        if result == _INVALID_VALUE:
+            break
+        check("cuFuncGetParamInfo", result)
+        sizes.append(size.value)
+    return sizes
+
+
+def check(call: str, result: int) -> None:
+    """Raises RuntimeError if a call of the driver failed."""
+    if result:
+        raise RuntimeError(f"{call} failed with CUDA error {result}")
+
+
+def _make_context_current(driver: Any) -> None:
+    """Gives this thread torch's context of the current device: a thread has none before it needs one."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    check("cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
+    check("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    check("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+
+
+class WrittenLaunch:
+    """A kernel with all of its arguments, but for tensors' addresses, which it reads where they will be written."""
+
+    def __init__(
+        self,
+        driver: Any,
+        compiled: Any,
+        grid: tuple[int, int, int],
+        places: Sequence[int],
+        sizes: tuple[float, ...],
+        maps: Mapping[int, TensorMaps],
+    ) -> None:
+        """``places``: where the address of each tensor, the first arguments, stands; ``sizes``: the next arguments."""
+        # compiled: what holds the kernel's code
+        self.launch, self.driver, self.compiled = driver.cuLaunchKernelEx, driver, compiled
+        # the maps of an argument, its parameter, and its tensor's place
+        self.maps: list[tuple[TensorMaps, int, Any]] = []
+        self.kept: list[Any] = []
+        written = self._parameters(list(compiled.src.signature.values()), places, sizes, maps)
+        self.parameters = (ctypes.c_void_p * len(written))(*written)
+        self.used_maps: list[Any] = [None] * len(self.maps)
+        metadata = compiled.metadata
+        self.attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        attributes = (ctypes.addressof(self.attribute), 1) if metadata.launch_pdl else (None, 0)
+        self.config = _Config(grid, (32 * metadata.num_warps, 1, 1), metadata.shared, None, *attributes)
+        self.arguments = (ctypes.byref(self.config), ctypes.c_void_p(compiled.function), self.parameters, None)
+
+    def _parameters(
+        self,
+        signature: Sequence[str],
+        places: Sequence[int],
+        sizes: tuple[float, ...],
+        maps: Mapping[int, TensorMaps],
+    ) -> list[int]:
+        """Where each parameter stands, 0 for a map: that is not known before a launch."""
+        written: list[int] = []
+        for index, kind in enumerate(signature):
+            values: list[Any] = []
+            if index in maps:
+                address = ctypes.c_uint64.from_address(places[index])
+                self.maps.append((maps[index], len(written), address))
+                written.append(0)
+                values = [ctypes.c_int32(size) for size in maps[index].shape]
+                values += [ctypes.c_int64(stride) for stride in maps[index].strides]
+            elif kind[0] == "*":
+                written.append(places[index])
+            elif kind != "constexpr":
+                values = [_SCALARS[kind](sizes[index - len(places)])]
+            self.kept += values
+            written += [ctypes.addressof(value) for value in values]
+        nothing = ctypes.c_uint64()
+        self.kept.append(nothing)
+        return [*written, *[ctypes.addressof(nothing)] * 2]
+
+    def __call__(self, stream: int) -> None:
+        """Launches on ``stream``; when it returns, the driver has read what is written."""
+        for number, (maps, parameter, address) in enumerate(self.maps):
+            used = self.used_maps[number] = maps(address.value)
+            self.parameters[parameter] = used[0]
+        self.config.stream = stream
+        result = self.launch(*self.arguments)
+        if result:
+            if result == _INVALID_CONTEXT:
+                _make_context_current(self.driver)
+                result = self.launch(*self.arguments)
+            check("cuLaunchKernelEx", result)
+
+
+def written_launch(
+    compiled: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Tensor],
+    places: Sequence[int],
+    sizes: tuple[float, ...],
+    matrices: Mapping[int, list[int]],
+) -> WrittenLaunch | None:
+    """A launch of a compiled kernel through the driver, None where only Triton can be trusted with it.
+
+    Args:
+        compiled: what Triton returned of an earlier launch.
+        grid: programs in three dimensions.
+        tensors: the first arguments of an earlier launch, shaped as those of all that follow.
+        places: where the address of each will stand.
+        sizes: the arguments behind them, numbers.
+        matrices: blocks of the tensors that go as tensor descriptors, by their number.
+    """
+    driver, metadata = cuda(), compiled.metadata
+    noted = list(getattr(metadata, "tensordesc_meta", None) or [])
+    plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and len(noted) == len(matrices)
+    if driver is None or not plain or any(one["fp4_padded"] or one.get("is_im2col") for one in noted):
+        return None
+    dimensions = {index: len(block) for index, block in matrices.items()}
+    expected = parameters(list(compiled.src.signature.values()), dimensions)
+    if not expected or expected != _told_parameters(driver, compiled.function, len(expected)):
+        return None
+    maps = {}
+    for one, index in zip(noted, sorted(matrices), strict=True):
+        how = (matrices[index], one["swizzle"], one["block_size"])
+        maps[index] = tensor_maps(driver.cuTensorMapEncodeTiled, tensors[index], *how)
+    return WrittenLaunch(driver, compiled, grid, places, sizes, maps)
