@@ -13,7 +13,7 @@ from torch_lora_moe.api import fused_experts
 from torch_lora_moe.bench.baselines import TorchLoRA, torch_layer
 from torch_lora_moe.bench.oracle import relative_error, some_tokens
 from torch_lora_moe.bench.problems import Problem, Shape, make_problems
-from torch_lora_moe.bench.timing import call_time, graph_time, host_time
+from torch_lora_moe.bench.timing import call_time, graph_times, host_time
 from torch_lora_moe.hooks import build_lora_hooks
 
 Layer = Callable[[Problem], Tensor]
@@ -57,10 +57,9 @@ def measure(
     baselines = baselines and rank * dtype.itemsize % 16 == 0
     problems = make_problems(shape, num_tokens, max_loras, rank, 4 if on_gpu else 1, dtype, device)
     row: dict[str, Any] = {"tokens": num_tokens, "rank": rank, "max_loras": max_loras}
-    timer = graph_time if on_gpu else call_time
 
-    def timed(layer: Layer, batch: list[Problem]) -> float:
-        return timer([lambda problem=problem: layer(problem) for problem in batch])  # type: ignore[misc]
+    def calls(layer: Layer, batch: list[Problem]) -> list[Callable[[], Tensor]]:
+        return [lambda problem=problem: layer(problem) for problem in batch]  # type: ignore[misc]
 
     ways = {name: (layer, problems) for name, layer in WITH_LORA.items() if baselines or name not in BASELINES}
     bare = [without_adapters(problem) for problem in problems]
@@ -68,7 +67,8 @@ def measure(
     exact = {id(batch): some_tokens(batch[0]) for batch in (problems, bare)}
     for name, (layer, batch) in ways.items():
         row[f"{name}_error"] = relative_error(layer(batch[0]), batch[0], exact[id(batch)])
-        row[name] = timed(layer, batch)
+    timed = {name: calls(*way) for name, way in ways.items()}
+    row |= graph_times(timed) if on_gpu else {name: call_time(batch) for name, batch in timed.items()}
     if on_gpu:
         row["floor"] = sum(problem.floor(True) for problem in problems) / len(problems)
         row["floor_plain"] = sum(problem.floor(False) for problem in problems) / len(problems)

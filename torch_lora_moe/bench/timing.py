@@ -6,7 +6,7 @@ import datetime
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,26 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
 
     Give it several calls with inputs of their own, so that one call does not find its data in the cache of the last.
     """
+    return graph_times({"": calls}, replays)[""]
+
+
+def graph_times(ways: Mapping[str, Sequence[Callable[[], object]]], replays: int = 30) -> dict[str, float]:
+    """As `graph_time`, of several ways that take turns: each finds the GPU as warm, and its clocks, as the others do."""
+    graphs = {name: _captured(calls) for name, calls in ways.items()}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(3 + replays):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn >= 3:
+                times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: float(statistics.median(times[name])) / len(calls) for name, calls in ways.items()}
+
+
+def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -28,17 +48,7 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return float(statistics.median(times)) / len(calls)
+    return graph
 
 
 def call_time(calls: Sequence[Callable[[], object]], seconds: float = 0.5) -> float:
