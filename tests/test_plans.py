@@ -81,6 +81,21 @@ def test_programs_share_the_rows_of_long_runs() -> None:
     assert programs(8000) > programs(600) > 1
 
 
+@pytest.mark.parametrize(("num_tokens", "most"), [(500, 396), (4000, 2048)])
+def test_few_programs_beside_the_ends_of_products(num_tokens: int, most: int) -> None:
+    from torch_lora_moe.launch import ShrinkPlan
+
+    x, ids = torch.empty(num_tokens, 64), torch.empty(num_tokens, 8, dtype=torch.int32)
+    tokens = (ids, torch.empty(num_tokens, dtype=torch.int32), None, None)
+    plan = ShrinkPlan(x, torch.empty(8, 128, 32, 64), *tokens, 128, in_order=True, first_tiles=100, share=0.6)
+    programs = [launch.grid[0] for launch in plan.launches]
+    assert len(programs) == 2
+    assert max(programs) <= most
+    assert (min(programs) == 396) == (most == 396)
+    (whole,) = ShrinkPlan(x, torch.empty(8, 128, 32, 64), *tokens, 128, in_order=True).launches
+    assert whole.grid[0] > 396
+
+
 def test_batches_of_all_sizes_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel is compiled a few times for all batch sizes, not once for each."""
     from torch_lora_moe import layer, plans, schedules

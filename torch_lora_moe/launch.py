@@ -15,7 +15,14 @@ from torch import Tensor
 
 from torch_lora_moe import checks, routing
 from torch_lora_moe.checks import like
-from torch_lora_moe.config import LaunchConfig, launch_config, power_of_two, run_pieces, shrink_planes
+from torch_lora_moe.config import (
+    MULTIPROCESSORS,
+    LaunchConfig,
+    launch_config,
+    power_of_two,
+    run_pieces,
+    shrink_planes,
+)
 from torch_lora_moe.kernels import expand, shrink
 from torch_lora_moe.plans import Plan, new_plans, on_device, overlaps, remember
 from torch_lora_moe.schedules import routed
@@ -23,7 +30,9 @@ from torch_lora_moe.steps import Run, Steps
 
 # Programs that share the runs of a product; beyond it they take turns, so that unused slots cost nothing.
 MOST_RUN_PROGRAMS = 2048
-
+# Of a shrink in two launches of up to so many pairs: it shares the GPU with the ends of products, and fewer programs
+# leave those more room.
+FEW_PAIRS, MOST_SPLIT_PROGRAMS = 4096, 3 * MULTIPROCESSORS
 
 _SHRINK_PLANS = new_plans()
 
@@ -148,9 +157,11 @@ class ShrinkPlan:
         most = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         options = (config.num_warps, config.num_stages)
         self.launches = []
-        # more programs than on average, so that they seldom have to take turns
-        for part in (share, 1 - share) if first_tiles and self.sorts else (1.0,):
-            runs = min(most, math.ceil(most * (part + 0.125)))
+        splits = first_tiles > 0 and self.sorts
+        at_once = MOST_SPLIT_PROGRAMS // pieces if splits and num_pairs <= FEW_PAIRS else most
+        for part in (share, 1 - share) if splits else (1.0,):
+            # more programs than on average, so that they seldom have to take turns
+            runs = min(most, math.ceil(most * (part + 0.125)), max(1, at_once))
             grid = (runs * pieces, -(-rows // config.block_n), self.split_k)
             self.launches.append(Plan(getattr(shrink, kernel), grid, constants, options, pdl, 3))
         pairs_per_row = max(num_pairs // max(hidden_states.shape[0], 1), 1)

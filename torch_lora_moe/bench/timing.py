@@ -20,7 +20,7 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
 
 
 def graph_times(ways: Mapping[str, Sequence[Callable[[], object]]], replays: int = 30) -> dict[str, float]:
-    """As `graph_time`, of several ways that take turns: each finds the GPU as warm, and its clocks, as the others do."""
+    """As `graph_time`, of several ways that take turns: each finds the GPU as warm as the others do."""
     graphs = {name: _captured(calls) for name, calls in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(3 + replays):
