@@ -20,12 +20,16 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
 
 
 def graph_times(ways: Mapping[str, Sequence[Callable[[], object]]], replays: int = 30) -> dict[str, float]:
-    """As `graph_time`, of several ways that take turns: each finds the GPU as warm as the others do."""
+    """As `graph_time`, of several ways that take turns, so that each finds the GPU as warm as the others do.
+
+    In its turn a way goes twice and is timed the second time: what the way before it left in the cache is gone then.
+    """
     graphs = {name: _captured(calls) for name, calls in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(3 + replays):
         for name, graph in graphs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            graph.replay()
             start.record()
             graph.replay()
             end.record()
