@@ -29,6 +29,7 @@ class Kernel:
         self.tritons: list[tuple[Any, ...]] = []
         signature = {f"argument_{number}": kind for number, kind in enumerate(types)}
         noted = {"num_warps": 8, "num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False, "shared": 4096}
+        noted |= {"global_scratch_size": 0, "profile_scratch_size": 0}
         self.compiled = SimpleNamespace(
             function=id(self),
             packed_metadata=None,
@@ -75,6 +76,7 @@ class Driver:
         self.cuFuncGetParamInfo = Function(self._tell_parameter)
         self.cuTensorMapEncodeTiled = Function(self._encode)
         self.cuLaunchKernelEx = Function(self._launch)
+        self.cuGetErrorName = Function(self._name)
         self.cuDeviceGet = Function(lambda device, ordinal: 0)
         self.cuDevicePrimaryCtxRetain = Function(self._retain)
         self.cuCtxSetCurrent = Function(self._set_current)
@@ -106,6 +108,10 @@ class Driver:
             SimpleNamespace(function=function.value, values=values, steady=before == values, **sizes, **how)
         )
         return self.results.pop() if self.results else 0
+
+    def _name(self, result: int, name: Any) -> int:
+        name._obj.value = {700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}.get(result)
+        return 0
 
     def _retain(self, context: Any, device: Any) -> int:
         context._obj.value = 5
@@ -226,6 +232,14 @@ def cooperative(made: Example) -> None:
     made.first.compiled.metadata.launch_cooperative_grid = True
 
 
+def instrumented(made: Example) -> None:
+    made.second.compiled.metadata.profile_scratch_size = 128
+
+
+def memory_of_its_own(made: Example) -> None:
+    made.second.compiled.metadata.global_scratch_size = 128
+
+
 def no_maps(made: Example) -> None:
     made.first.compiled.metadata.tensordesc_meta = []
 
@@ -237,6 +251,8 @@ CHANGES = [
     unknown_type,
     several_programs_together,
     cooperative,
+    instrumented,
+    memory_of_its_own,
     no_maps,
 ]
 
@@ -326,7 +342,9 @@ def test_a_thread_without_a_context_gets_torchs(cuda: Driver) -> None:
     assert cuda.contexts == 1
     assert len(cuda.launches) == 3
     cuda.results = [700]
-    with pytest.raises(RuntimeError, match="cuLaunchKernelEx failed with CUDA error 700"):
+    with pytest.raises(
+        RuntimeError, match=r"cuLaunchKernelEx failed with CUDA error 700 \(CUDA_ERROR_ILLEGAL_ADDRESS\)"
+    ):
         steps_of(*arguments())
     steps_of(*arguments())
 

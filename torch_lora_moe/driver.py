@@ -84,23 +84,25 @@ def _told_parameters(driver: Any, function: int, most: int) -> list[int]:
         result = driver.cuFuncGetParamInfo(ctypes.c_void_p(function), *at)
         if result == _INVALID_VALUE:
             break
-        check("cuFuncGetParamInfo", result)
+        check(driver, "cuFuncGetParamInfo", result)
         sizes.append(size.value)
     return sizes
 
 
-def check(call: str, result: int) -> None:
+def check(driver: Any, call: str, result: int) -> None:
     """Raises RuntimeError if a call of the driver failed."""
     if result:
-        raise RuntimeError(f"{call} failed with CUDA error {result}")
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(result, ctypes.byref(name))
+        raise RuntimeError(f"{call} failed with CUDA error {result} ({(name.value or b'unknown').decode()})")
 
 
 def _make_context_current(driver: Any) -> None:
     """Gives this thread torch's context of the current device: a thread has none before it needs one."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    check("cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
-    check("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-    check("cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+    check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
+    check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
 
 
 class WrittenLaunch:
@@ -168,7 +170,17 @@ class WrittenLaunch:
             if result == _INVALID_CONTEXT:
                 _make_context_current(self.driver)
                 result = self.launch(*self.arguments)
-            check("cuLaunchKernelEx", result)
+            check(self.driver, "cuLaunchKernelEx", result)
+
+
+def _is_plain(metadata: Any, num_matrices: int) -> bool:
+    """Whether a kernel is launched as `WrittenLaunch` does: nothing but its arguments, programs each by itself."""
+    noted = metadata.tensordesc_meta or ()
+    if len(noted) != num_matrices or any(one["fp4_padded"] or one.get("is_im2col") for one in noted):
+        return False
+    # an instrumented kernel asks for memory
+    scratch = metadata.global_scratch_size or metadata.profile_scratch_size
+    return metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and not scratch
 
 
 def written_launch(
@@ -189,17 +201,16 @@ def written_launch(
         sizes: the arguments behind them, numbers.
         matrices: blocks of the tensors that go as tensor descriptors, by their number.
     """
-    driver, metadata = cuda(), compiled.metadata
-    noted = list(getattr(metadata, "tensordesc_meta", None) or [])
-    plain = metadata.num_ctas == 1 and not metadata.launch_cooperative_grid and len(noted) == len(matrices)
-    if driver is None or not plain or any(one["fp4_padded"] or one.get("is_im2col") for one in noted):
+    driver = cuda()
+    if driver is None or not _is_plain(compiled.metadata, len(matrices)):
         return None
+    noted = compiled.metadata.tensordesc_meta
     dimensions = {index: len(block) for index, block in matrices.items()}
     expected = parameters(list(compiled.src.signature.values()), dimensions)
     if not expected or expected != _told_parameters(driver, compiled.function, len(expected)):
         return None
     maps = {}
-    for one, index in zip(noted, sorted(matrices), strict=True):
+    for one, index in zip(noted or (), sorted(matrices), strict=True):
         how = (matrices[index], one["swizzle"], one["block_size"])
         maps[index] = tensor_maps(driver.cuTensorMapEncodeTiled, tensors[index], *how)
     return WrittenLaunch(driver, compiled, grid, places, sizes, maps)
