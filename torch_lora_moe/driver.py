@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,8 @@ from torch_lora_moe.descriptors import MAP_BYTES, TensorMaps, tensor_maps
 # Of cuda.h: an attribute of a launch, and two results.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _INVALID_VALUE, _INVALID_CONTEXT = 1, 201
-_SCALARS: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+# How numbers are packed, by their types as Triton names them.
+_PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
 
 
 class _Config(ctypes.Structure):
@@ -40,6 +43,9 @@ class _Attribute(ctypes.Structure):
     """CUlaunchAttribute with a number as its value."""
 
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+_OVERLAPS = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
 
 
 @functools.cache
@@ -68,8 +74,8 @@ def parameters(signature: Sequence[str], dimensions: Mapping[int, int]) -> list[
             sizes += [MAP_BYTES] + [4] * dimensions[index] + [8] * dimensions[index]
         elif kind[0] == "*":
             sizes.append(8)
-        elif kind in _SCALARS:
-            sizes.append(ctypes.sizeof(_SCALARS[kind]))
+        elif kind in _PACKED:
+            sizes.append(struct.calcsize(_PACKED[kind]))
         elif kind != "constexpr":
             return []
     # addresses of memory that Triton provides, which no kernel here asks for
@@ -122,13 +128,11 @@ class WrittenLaunch:
         self.launch, self.driver, self.compiled = driver.cuLaunchKernelEx, driver, compiled
         # the maps of an argument, its parameter, and its tensor's place
         self.maps: list[tuple[TensorMaps, int, Any]] = []
-        self.kept: list[Any] = []
         written = self._parameters(list(compiled.src.signature.values()), places, sizes, maps)
         self.parameters = (ctypes.c_void_p * len(written))(*written)
         self.used_maps: list[Any] = [None] * len(self.maps)
         metadata = compiled.metadata
-        self.attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
-        attributes = (ctypes.addressof(self.attribute), 1) if metadata.launch_pdl else (None, 0)
+        attributes = (ctypes.addressof(_OVERLAPS), 1) if metadata.launch_pdl else (None, 0)
         self.config = _Config(grid, (32 * metadata.num_warps, 1, 1), metadata.shared, None, *attributes)
         self.arguments = (ctypes.byref(self.config), ctypes.c_void_p(compiled.function), self.parameters, None)
 
@@ -140,24 +144,30 @@ class WrittenLaunch:
         maps: Mapping[int, TensorMaps],
     ) -> list[int]:
         """Where each parameter stands, 0 for a map: that is not known before a launch."""
-        written: list[int] = []
+        written: list[int | None] = []
+        numbers: list[bytes] = []
         for index, kind in enumerate(signature):
-            values: list[Any] = []
+            packed: list[bytes] = []
             if index in maps:
-                address = ctypes.c_uint64.from_address(places[index])
-                self.maps.append((maps[index], len(written), address))
+                self.maps.append((maps[index], len(written), ctypes.c_uint64.from_address(places[index])))
                 written.append(0)
-                values = [ctypes.c_int32(size) for size in maps[index].shape]
-                values += [ctypes.c_int64(stride) for stride in maps[index].strides]
+                packed = [struct.pack("i", size) for size in maps[index].shape]
+                packed += [struct.pack("q", stride) for stride in maps[index].strides]
             elif kind[0] == "*":
                 written.append(places[index])
             elif kind != "constexpr":
-                values = [_SCALARS[kind](sizes[index - len(places)])]
-            self.kept += values
-            written += [ctypes.addressof(value) for value in values]
-        nothing = ctypes.c_uint64()
-        self.kept.append(nothing)
-        return [*written, *[ctypes.addressof(nothing)] * 2]
+                packed = [struct.pack(_PACKED[kind], sizes[index - len(places)])]
+            numbers += packed
+            written += [None] * len(packed)
+        # no memory of Triton's
+        numbers += [bytes(8)] * 2
+        written += [None] * 2
+        # one behind the other, each from a multiple of 8 bytes on
+        self.numbers = (ctypes.c_uint64 * len(numbers)).from_buffer_copy(
+            b"".join(one.ljust(8, b"\0") for one in numbers)
+        )
+        standing = itertools.count(ctypes.addressof(self.numbers), 8)
+        return [next(standing) if place is None else place for place in written]
 
     def __call__(self, stream: int) -> None:
         """Launches on ``stream``; when it returns, the driver has read what is written."""
