@@ -19,9 +19,9 @@ from torch import Tensor
 
 from torch_lora_moe.descriptors import MAP_BYTES, TensorMaps, tensor_maps
 
-# Of cuda.h: an attribute of a launch, and two results.
+# Of cuda.h: an attribute of a launch, and a result.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
-_INVALID_VALUE, _INVALID_CONTEXT = 1, 201
+_INVALID_CONTEXT = 201
 # How numbers are packed, by their types as Triton names them.
 _PACKED = {"i32": "i", "i64": "q", "fp32": "f"}
 
@@ -87,10 +87,9 @@ def _told_parameters(driver: Any, function: int, most: int) -> list[int]:
     offset, size, sizes = ctypes.c_size_t(), ctypes.c_size_t(), list[int]()
     while len(sizes) <= most:
         at = (ctypes.c_size_t(len(sizes)), ctypes.byref(offset), ctypes.byref(size))
-        result = driver.cuFuncGetParamInfo(ctypes.c_void_p(function), *at)
-        if result == _INVALID_VALUE:
+        # there is none of that number
+        if driver.cuFuncGetParamInfo(ctypes.c_void_p(function), *at):
             break
-        check(driver, "cuFuncGetParamInfo", result)
         sizes.append(size.value)
     return sizes
 

@@ -65,7 +65,7 @@ def _down_tile(
     """``BLOCK_N`` columns of the weighted output of one tile; returns what `_gate_up_tile` does."""
     local = tl.arange(0, BLOCK_M)
     there = local < count
-    # the tallest tiles have no registers left to load them before the base product
+    # runs and their first matrix are loaded before the base product where registers are left for that
     EARLY_RUNS: tl.constexpr = STREAM > 0 and BLOCK_M < 128
     again = tl.full([], False, tl.int1)
     pairs = tl.load(schedule + start + local, mask=there, other=0)
