@@ -7,7 +7,6 @@ environment. Kernels are compiled for compute capability 9.0 and nothing runs.
 from __future__ import annotations
 
 import ctypes
-import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +14,14 @@ from typing import Any
 import torch
 import triton
 import triton.backends.nvidia.driver as tritons
+from compiling import parameter_bytes, source
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from torch_lora_moe import driver, launch, layer, plans, schedules
 from torch_lora_moe.checks import NUM_TENSORS, FusedArguments
 from torch_lora_moe.steps import Run, Steps
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
 STREAM = 4711
 library = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 library.stub_take.restype = ctypes.c_size_t
@@ -32,28 +30,15 @@ compiled_kernels: list[Any] = []
 
 def compile_instead(plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
     """Stands for a first launch: what it compiles is kept with Triton's own launcher."""
-    names = plan.kernel.arg_names
-    types = [f"*{TYPES[tensor.dtype]}" for tensor in tensors]
-    for index, block in plan.matrices.items():
-        types[index] = f"tensordesc<{TYPES[tensors[index].dtype]}{block}>"
-    types += ["fp32" if isinstance(size, float) else "i32" for size in sizes]
-    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
-    constants = {(len(types) + i,): value for i, value in enumerate(plan.constants)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(plan.aligned) if i not in plan.matrices}
-    source = ASTSource(plan.kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan.options)
+    what = source(plan, tensors, sizes)
+    compiled = triton.compile(what, target=GPUTarget("cuda", 90, 32), options=plan.options)
     own = tritons.CudaLauncher(compiled.src, compiled.metadata)
     kept = SimpleNamespace(
         run=own, **{name: getattr(compiled, name) for name in ("packed_metadata", "src", "metadata")}
     )
     kept.function = id(kept)
     compiled_kernels.append(kept)
-    declared = re.search(r"\.entry [^(]*\(([^)]*)\)", compiled.asm["ptx"])
-    assert declared is not None
-    for one in declared[1].split(","):
-        array, number = re.search(r"\[(\d+)\]", one), re.search(r"\.[bufs](\d+)", one)
-        assert number is not None
-        size = int(array[1]) if array else int(number[1]) // 8
+    for size in parameter_bytes(compiled.asm["ptx"]):
         library.stub_add_parameter(ctypes.c_void_p(kept.function), ctypes.c_size_t(size))
     plan.compiled = kept
 
@@ -71,14 +56,11 @@ def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def layer_call(num_tokens: int, rank: int, hidden: int, inner: int) -> FusedArguments:
     slots, experts, top_k = 4, 8, 2
-    lora: tuple[Any, ...] = (None,) * 4
-    if rank:
-        shapes = ((2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
-        lora = tuple(empty(slots, experts, *shape) for shape in shapes)
+    shapes = ((2 * rank, hidden), (2 * inner, rank), (rank, inner), (hidden, rank))
+    lora = [empty(slots, experts, *shape) for shape in shapes]
     weights, ids = empty(num_tokens, top_k, dtype=torch.float32), empty(num_tokens, top_k, dtype=torch.int32)
     matrices = (empty(experts, 2 * inner, hidden), empty(experts, hidden, inner))
-    mapping = empty(num_tokens, dtype=torch.int32) if rank else None
-    call = (empty(num_tokens, hidden), *matrices, weights, ids, None, *lora, mapping)
+    call = (empty(num_tokens, hidden), *matrices, weights, ids, None, *lora, empty(num_tokens, dtype=torch.int32))
     return FusedArguments(*call, routed_scaling_factor=2.5)  # type: ignore[arg-type]
 
 

@@ -14,15 +14,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from compiling import parameter_bytes, source  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from torch_lora_moe import driver, launch, layer, plans, routing, schedules  # noqa: E402
 from torch_lora_moe.checks import FusedArguments  # noqa: E402
 from torch_lora_moe.config import LaunchConfig  # noqa: E402
 
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 # compute capability: bytes of shared memory that one program may have
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
@@ -43,33 +42,20 @@ class Compiler:
 
     def __call__(self, plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
         names = plan.kernel.arg_names
-        types = [f"*{TYPES[tensor.dtype]}" for tensor in tensors]
-        for index, block in plan.matrices.items():
-            types[index] = f"tensordesc<{TYPES[tensors[index].dtype]}{block}>"
-        types += ["fp32" if isinstance(size, float) else "i32" for size in sizes]
-        signature = dict(zip(names, types, strict=False)) | dict.fromkeys(names[len(types) :], "constexpr")
-        constants = {(len(types) + i,): value for i, value in enumerate(plan.constants)}
-        for i, value in enumerate(sizes, len(tensors)):
-            if names[i] in self.fixed:
-                signature[names[i]], constants[i,] = "constexpr", value
-        aligned = [i for i in range(plan.aligned) if i not in plan.matrices]
-        source = ASTSource(plan.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
         options = {name: plan.options[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-        compiled = triton.compile(source, target=self.target, options=options)
+        compiled = triton.compile(source(plan, tensors, sizes, self.fixed), target=self.target, options=options)
         name = plan.kernel.__name__
-        if dict(zip(names[len(types) :], plan.constants, strict=True)).get("SPLIT"):
+        if dict(zip(names[len(tensors) + len(sizes) :], plan.constants, strict=True)).get("SPLIT"):
             waits = dict(zip(names[len(tensors) :], sizes, strict=False)).get("waits_from", -1) >= 0
             name += " split waiting" if waits and self.fixed else " split"
         self.shared[name] = max(self.shared.get(name, 0), compiled.metadata.shared)
         self.ptx[name] = compiled.asm["ptx"]
-        # a descriptor is followed by its sizes and its strides
-        widths = [1 + 2 * len(plan.matrices.get(i, ())) for i in range(len(types))]
-        entry = re.search(r"\.entry [^(]*\(([^)]*)\)", self.ptx[name])
-        assert entry is not None
-        self.declared = parameter_bytes(entry[1])
+        self.declared = parameter_bytes(self.ptx[name])
         places = [8 * i for i in range(len(tensors))]
         if driver.written_launch(compiled, plan.grid, tensors, places, sizes, plan.matrices) is None:
             self.left.append(name)
+        # a descriptor is followed by its sizes and its strides
+        widths = [1 + 2 * len(plan.matrices.get(i, ())) for i in range(len(tensors) + len(sizes))]
         self.parameters[name] = [names[i] for i, width in enumerate(widths) for _ in range(width)]
 
     # what `driver` looks for in the CUDA driver
@@ -112,12 +98,6 @@ class Compiler:
         """Where in a kernel's code it first waits for the kernel before; behind its first product if it is split."""
         after = self.first_product(kernel) if "_tiles split waiting" in kernel else 0
         return next(i for i in self.waits(kernel) if i > after)
-
-
-def parameter_bytes(declared: str) -> list[int]:
-    """Bytes of each parameter that PTX declares: as an array of bytes, or by its type."""
-    found = [re.search(r"\[(\d+)\]", line) or re.search(r"\.[bufs](\d+)", line) for line in declared.split(",")]
-    return [int(one[1]) if one[0][0] == "[" else int(one[1]) // 8 for one in found if one is not None]
 
 
 def assembled(ptx: str, folder: Path) -> str:

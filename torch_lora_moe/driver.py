@@ -94,7 +94,7 @@ def _told_parameters(driver: Any, function: int, most: int) -> list[int]:
     return sizes
 
 
-def check(driver: Any, call: str, result: int) -> None:
+def _check(driver: Any, call: str, result: int) -> None:
     """Raises RuntimeError if a call of the driver failed."""
     if result:
         name = ctypes.c_char_p()
@@ -105,9 +105,9 @@ def check(driver: Any, call: str, result: int) -> None:
 def _make_context_current(driver: Any) -> None:
     """Gives this thread torch's context of the current device: a thread has none before it needs one."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
-    check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-    check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+    _check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
+    _check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    _check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
 
 
 class WrittenLaunch:
@@ -179,7 +179,7 @@ class WrittenLaunch:
             if result == _INVALID_CONTEXT:
                 _make_context_current(self.driver)
                 result = self.launch(*self.arguments)
-            check(self.driver, "cuLaunchKernelEx", result)
+            _check(self.driver, "cuLaunchKernelEx", result)
 
 
 def _is_plain(metadata: Any, num_matrices: int) -> bool:

@@ -54,7 +54,8 @@ def lora_shrink(
     plan = _SHRINK_PLANS.get(key)
     if plan is None:
         checks.check_shrink(*tensors, num_experts, split_k)
-        plan = ShrinkSteps(*tensors, num_experts, split_k)
+        shape = (split_k, topk_ids.numel(), lora_a.shape[2])
+        plan = ShrinkSteps(ShrinkPlan(*tensors, num_experts, split_k), shape, num_experts, lora_a.shape[0])
         remember(_SHRINK_PLANS, key, plan)
     out = plan(*tensors)
     assert out is not None
@@ -64,38 +65,25 @@ def lora_shrink(
 class ShrinkSteps(Steps):
     """The call of the op: a route where it sorts and has no schedule, and the shrink."""
 
-    def __init__(
-        self,
-        hidden_states: Tensor,
-        lora_a: Tensor,
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
-        schedule: Tensor | None,
-        num_experts: int,
-        split_k: int,
-    ) -> None:
-        tokens = (topk_ids, token_lora_mapping, adapter_enabled, schedule)
-        self.shrink = ShrinkPlan(hidden_states, lora_a, *tokens, num_experts, split_k)
-        self.shape = (split_k, topk_ids.numel(), lora_a.shape[2])
-        self.num_experts, self.max_loras = num_experts, lora_a.shape[0]
+    def __init__(self, shrink: ShrinkPlan, shape: tuple[int, int, int], num_experts: int, max_loras: int) -> None:
+        self.shrink, self.shape, self.num_experts, self.max_loras = shrink, shape, num_experts, max_loras
 
     def run(
         self,
         run: Run,
-        hidden_states: Tensor,
-        lora_a: Tensor,
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
+        x: Tensor,
+        a: Tensor,
+        ids: Tensor,
+        mapping: Tensor,
+        enabled: Tensor | None,
         schedule: Tensor | None,
     ) -> None:
         """Launches, unless there is nothing to do."""
-        out = run.new_result(hidden_states, self.shape, torch.float32)
-        if topk_ids.numel():
+        out = run.new_result(x, self.shape, torch.float32)
+        if ids.numel():
             if self.shrink.sorts and schedule is None:
-                schedule = routed(run, topk_ids, token_lora_mapping, adapter_enabled, self.num_experts, self.max_loras)
-            self.shrink(run, hidden_states, lora_a, out, topk_ids, token_lora_mapping, adapter_enabled, schedule)
+                schedule = routed(run, ids, mapping, enabled, self.num_experts, self.max_loras)
+            self.shrink(run, x, a, out, ids, mapping, enabled, schedule)
 
 
 def run_programs(num_pairs: int, num_virtual_experts: int) -> int:
@@ -207,7 +195,9 @@ def lora_expand_add_(
     plan = _EXPAND_PLANS.get(key)
     if plan is None:
         checks.check_expand(*tensors, num_experts, num_slices)
-        plan = ExpandSteps(*tensors, num_experts, num_slices)
+        sizes = (num_experts, num_slices, shrunk.shape[0])
+        expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes)
+        plan = ExpandSteps(expand, num_experts, lora_b.shape[0])
         remember(_EXPAND_PLANS, key, plan)
     plan(*tensors)
 
@@ -215,41 +205,26 @@ def lora_expand_add_(
 class ExpandSteps(Steps):
     """The call of the op: a route where it sorts and has no schedule, and the expand."""
 
-    def __init__(
-        self,
-        output: Tensor,
-        shrunk: Tensor,
-        lora_b: Tensor,
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
-        schedule: Tensor | None,
-        topk_weights: Tensor | None,
-        num_experts: int,
-        num_slices: int,
-    ) -> None:
-        sizes = (num_experts, num_slices, shrunk.shape[0])
-        self.expand = ExpandPlan(output, lora_b, adapter_enabled, topk_weights, *sizes)
-        self.num_experts, self.max_loras = num_experts, lora_b.shape[0]
+    def __init__(self, expand: ExpandPlan, num_experts: int, max_loras: int) -> None:
+        self.expand, self.num_experts, self.max_loras = expand, num_experts, max_loras
 
     def run(
         self,
         run: Run,
         output: Tensor,
         shrunk: Tensor,
-        lora_b: Tensor,
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor | None,
+        b: Tensor,
+        ids: Tensor,
+        mapping: Tensor,
+        enabled: Tensor | None,
         schedule: Tensor | None,
-        topk_weights: Tensor | None,
+        weights: Tensor | None,
     ) -> None:
         """Launches, unless there is nothing to do."""
-        if topk_ids.numel():
-            tokens = (topk_ids, token_lora_mapping, adapter_enabled)
+        if ids.numel():
             if self.expand.sorts and schedule is None:
-                schedule = routed(run, *tokens, self.num_experts, self.max_loras)
-            self.expand(run, output, shrunk, lora_b, *tokens, schedule, topk_weights)
+                schedule = routed(run, ids, mapping, enabled, self.num_experts, self.max_loras)
+            self.expand(run, output, shrunk, b, ids, mapping, enabled, schedule, weights)
 
 
 class ExpandPlan:

@@ -7,6 +7,7 @@ addresses of its arguments, takes one piece of memory for all that lies between 
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import struct
 import threading
@@ -111,16 +112,16 @@ def _told_apart(tensors: Sequence[Tensor | None]) -> bool:
     return len(set(there)) == len(there)
 
 
-class Steps:
+class Steps(abc.ABC):
     """A call for arguments of the same shapes, which `run` makes step by step."""
 
     _written: _Written | None = None
     # whether the driver cannot make it
     _refused = False
 
+    @abc.abstractmethod
     def run(self, run: Run, *args: Any) -> None:
         """Makes the call, all memory and launches through ``run``."""
-        raise NotImplementedError
 
     def __call__(self, *given: Tensor | None) -> Tensor | None:
         """The call, of tensors alone."""
