@@ -23,13 +23,12 @@ from torch_lora_moe.config import (
     gate_up_config,
     launch_config,
     layer_shrink_config,
-    preloaded_pairs,
     run_pieces,
     streamed_ranks,
     streamed_runs,
-    vector_config,
 )
 from torch_lora_moe.routing import RUN_ROWS
+from torch_lora_moe.vectors import joined_shrink_blocks, preloaded_pairs, vector_config
 
 CPU = torch.device("cpu")
 TABLES = sorted((Path(torch_lora_moe.__file__).parent / "configs").glob("*.json"))
@@ -147,6 +146,18 @@ def test_layer_shrinks_are_legal(num_pairs: int, outer: int, inner: int, has_run
     assert 1 <= pieces <= max(1, RUN_ROWS // chosen.block_m)
     # what was tuned on Hopper is not cut down there
     assert fitted_shrink(chosen, 2, 227 * 1024) == chosen
+
+
+def test_rank_vectors_of_a_few_pairs_wait_for_few_loads() -> None:
+    def blocks(num_pairs: int, outer: int, inner: int) -> tuple[int, int]:
+        chosen = layer_shrink_config(num_pairs, 1024, outer, inner, False)[0]
+        # two vectors of sixteen bytes a thread
+        assert chosen.block_n * chosen.block_k == 32 * chosen.num_warps * 16
+        return chosen.block_n, chosen.block_k
+
+    assert [blocks(8, 32, inner) for inner in (256, 1024, 2048, 14336)] == [(16, 256), (4, 1024), (2, 2048), (2, 2048)]
+    # not in so many programs that they hold up the next kernel's
+    assert [blocks(pairs, 256, 2880) for pairs in (4, 16, 32)] == [(2, 2048), (8, 512), (16, 256)]
 
 
 @pytest.mark.parametrize("num_virtual_experts", [8, 128, 1024])
@@ -280,6 +291,16 @@ def test_b_of_down_waits_in_few_registers(product: Product) -> None:
     assert not tile.lora_preload or registers <= 32
 
 
+def test_low_tiles_of_long_rows_are_deep() -> None:
+    def depth(inner: int, rank: int, columns: int = 4096) -> int:
+        return down_config(Product(32, 16, 8.0, columns, inner, 2, rank, False, 4, 1.0)).block_k
+
+    assert [depth(inner, 0) for inner in (1536, 1792, 14336)] == [128, 256, 256]
+    # beside LoRA there is less room
+    assert [depth(inner, 16) for inner in (1792, 2880, 3584)] == [128, 128, 256]
+    assert depth(14336, 0, 65536) == 128
+
+
 def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
     def group(columns: int, inner: int) -> int:
         return gate_up_config(Product(8192, 128, 64.0, columns, inner, 2, 0, False, 1, 128.0), True).group_tiles
@@ -290,9 +311,10 @@ def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
 @pytest.mark.parametrize("rank", [0, 16, 64, 128])
 @pytest.mark.parametrize("inner", [16, 768, 1408, 2048, 14336])
 @pytest.mark.parametrize("down_of", [0, 1, 8])
-def test_vector_steps_are_legal(inner: int, rank: int, down_of: int) -> None:
+@pytest.mark.parametrize("rows", [2048, 6144])
+def test_vector_steps_are_legal(rows: int, inner: int, rank: int, down_of: int) -> None:
     for rows_contiguous in (True, False):
-        chosen = vector_config(inner, rank, rows_contiguous, 2, down_of)
+        chosen = vector_config(rows, inner, rank, rows_contiguous, 2, down_of)
         assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
         assert 1 <= chosen.unroll <= 4
         # what is fetched early fits into registers
@@ -303,29 +325,45 @@ def test_vector_steps_are_legal(inner: int, rank: int, down_of: int) -> None:
 
 def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
     def tile(inner: int, rank: int, down_of: int) -> tuple[int, int]:
-        chosen = vector_config(inner, rank, True, 2, down_of)
+        chosen = vector_config(2048, inner, rank, True, 2, down_of)
         return chosen.block_n, chosen.block_k * chosen.unroll
 
     # up to 2048 columns; rows of B cost less where several share a program
     assert [tile(inner, 16, 8) for inner in (768, 1408, 2048, 2880)] == [(4, 768), (2, 2048), (2, 2048), (4, 1024)]
     assert tile(1408, 64, 8)[0] == 4
-    # one expert has no others' weights on their way
-    assert [tile(8192, 16, down_of)[0] for down_of in (1, 2)] == [8, 4]
+    # few experts have more rows on their way, in turns that are alike
+    assert [tile(1408, 16, down_of) for down_of in (1, 2, 4)] == [(4, 768), (4, 768), (2, 2048)]
 
 
 def test_few_tokens_stream_through_many_small_programs() -> None:
-    def tile(inner: int, itemsize: int = 2) -> tuple[int, int, int]:
-        chosen = vector_config(inner, 16, True, itemsize, 0)
-        return chosen.block_n, chosen.unroll, chosen.num_warps
+    def tile(inner: int, rank: int = 16, itemsize: int = 2, rows: int = 6144) -> tuple[int, ...]:
+        chosen = vector_config(rows, inner, rank, True, itemsize, 0)
+        return chosen.block_n, chosen.block_k, chosen.unroll, chosen.num_warps
 
     # all of a row at once, or half as much where there are several turns
-    assert [tile(inner) for inner in (768, 1536, 2048, 2880, 7168)] == [(2, n, 1) for n in (2, 3, 4, 2, 2)]
-    assert tile(2048, 4) == (1, 4, 1)
+    assert [tile(inner)[2:] for inner in (768, 1536, 2048, 2880, 7168)] == [(n, 1) for n in (2, 3, 4, 2, 2)]
+    assert tile(2048, 16, 4) == (1, 512, 4, 1)
+    # without LoRA the same bytes in one step
+    assert [tile(inner, 0) for inner in (768, 2048, 7168)] == [(2, 1024, 1, 1)] * 3
+    # so few rows that many programs would be none
+    assert [tile(inner, rank, 2, 1024) for inner, rank in ((300, 16), (2048, 0))] == [(8, 512, 1, 4), (8, 512, 2, 4)]
+
+
+def test_entries_of_rank_vectors_that_a_program_makes_for_others() -> None:
+    def blocks(pairs: int, rank: int, inner: int, programs: int = 512) -> tuple[int, int]:
+        chosen = vector_config(2048, inner, rank, True, 2, pairs)
+        return joined_shrink_blocks(chosen, pairs, inner, rank, 2, pairs, programs)
+
+    # few of them, and long rows, are spread over more programs
+    assert [blocks(pairs, 16, 768) for pairs in (8, 4, 2, 1)] == [(4, 1024), (2, 1024), (1, 1024), (1, 1024)]
+    assert [blocks(2, 64, inner) for inner in (1792, 14336)] == [(4, 1024), (1, 2048)]
+    # unless the others then have no room for what they fetch early
+    assert blocks(2, 64, 14336, 1024) == (4, 1024)
 
 
 def test_weights_fetched_early_leave_room_for_all_programs() -> None:
     def pairs(inner: int, programs: int, rank: int = 16, top_k: int = 8) -> int:
-        return preloaded_pairs(vector_config(inner, rank, True, 2, top_k), inner, rank, 2, top_k, programs)
+        return preloaded_pairs(vector_config(2048, inner, rank, True, 2, top_k), inner, rank, 2, top_k, programs)
 
     # one token: hidden sizes of 2048, 3584, 7168 and 4096; then so many programs that they take turns anyway
     assert [pairs(768, 544), pairs(2560, 928), pairs(256, 1824), pairs(6400, 1032, 16, 2)] == [4, 2, 2, 2]

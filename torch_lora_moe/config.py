@@ -25,8 +25,6 @@ EPILOGUE_MEMORY = 32 * 1024
 # Multiprocessors of a large GPU, and what of the shared memory of each its programs can use.
 MULTIPROCESSORS = 132
 PROGRAM_MEMORY = 220 * 1024
-# Registers of each, of 32 bits.
-REGISTERS = 65536
 # An expert's weight up to this size stays in L2 (40 to 60 MB on large GPUs) from one of its tiles to the next.
 KEPT_IN_L2 = 40 * 2**20
 # Powers of two, over all dimensions, beyond which a tuned shape says less than a rule of thumb.
@@ -154,10 +152,13 @@ def layer_shrink_config(
         return _layer_shrink_runs(num_pairs, num_virtual_experts, outer, inner)
     if num_pairs >= 64 and num_pairs * outer * inner > 2**20:
         return LaunchConfig(16, min(32, wide), min(256, deep), 2, 4), 1, 1
-    rows = 16
-    while rows > 4 and num_pairs * -(-outer // rows) < 256:
-        rows //= 2
-    return LaunchConfig(1, min(rows, power_of_two(outer)), min(512, deep), 4, 1), 1, 1
+    # much of a row at once, so that few programs do not wait again and again beside the next kernel's many loads; no
+    # more programs than are soon gone
+    rows, columns = 2, min(2048, deep)
+    while rows < min(16, wide) and (rows * columns < 4096 or num_pairs * outer > 6 * MULTIPROCESSORS * rows):
+        rows *= 2
+        columns = min(columns, 4096 // rows)
+    return LaunchConfig(1, rows, columns, max(1, rows * columns // 512), 1), 1, 1
 
 
 def _layer_shrink_runs(
@@ -245,65 +246,6 @@ class TileConfig:
     group_tiles: int = 1
 
 
-@dataclass(frozen=True)
-class VectorConfig:
-    """How weights stream past a vector: ``block_n`` rows by ``block_k`` columns, ``unroll`` such steps at once."""
-
-    block_n: int
-    block_k: int
-    unroll: int
-    num_warps: int
-
-
-def vector_config(inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> VectorConfig:
-    """The configuration of a product of weights and a vector of ``inner`` elements, with LoRA of ``rank`` (0: none).
-
-    ``down_of``: as many experts of a token have their products added up, which is unrolled; 0: gate_up.
-    """
-    deep = max(16, power_of_two(inner))
-    if not rows_contiguous:
-        # neighbours in memory are rows: many of them at once
-        return VectorConfig(64, min(32, deep), 2, 4)
-    if not down_of:
-        # many small programs; a row that takes several turns has two steps in each
-        block_k = min(512, deep)
-        steps = -(-inner // block_k)
-        return VectorConfig(4 // itemsize, block_k, steps if steps <= 4 else 2, 1)
-    if 768 < inner <= 2048:
-        # all of an expert's rows at once
-        rows = 2 if rank <= 32 else 4
-        return VectorConfig(rows, 512, 4, rows)
-    if down_of == 1 and inner > 2048:
-        return VectorConfig(8, 256, 4, 4)
-    block_k = min(256, deep)
-    return VectorConfig(4, block_k, min(4, -(-inner // block_k)), 2)
-
-
-def preloaded_pairs(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int, num_programs: int) -> int:
-    """Pairs of a token whose weights each program of a down product fetches before their input is there.
-
-    What is fetched early stays in registers, beside LoRA's own. Where all programs can be on the GPU at once, only so
-    many pairs that they are: else the last programs run alone.
-    """
-    threads = 32 * config.num_warps
-    step = max(1, config.block_n * config.block_k * itemsize // (4 * threads))
-    room = 32 if rank > 64 else 96 if rank or config.block_k > 256 else 192
-    most = min(top_k, max(1, room // (config.unroll * step)))
-    steps = min(config.unroll, -(-inner // config.block_k))
-    # addresses and sums, a step's own, and B of the token's pairs
-    others = 44 + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (4 * threads)
-    for pairs in range(most, 0, -1):
-        registers = -(-(others + pairs * steps * step) // 8) * 8
-        if num_programs <= MULTIPROCESSORS * min(32, REGISTERS // (threads * registers)):
-            return pairs
-    return most
-
-
-def joined_shrink_blocks(rank: int, inner: int) -> tuple[int, int]:
-    """Rows of A and columns that a program takes at once which makes rank vectors for the others of its launch."""
-    return min(4, power_of_two(max(rank, 1))), min(256 if inner <= 1024 else 1024, max(16, power_of_two(inner)))
-
-
 def _columns(size: int, most: int) -> int:
     """The widest block up to ``most`` columns that leaves little of the last one unused, from 16 on."""
     block = most
@@ -353,8 +295,9 @@ def _narrow_gate_up_config(product: Product, wide: int, deep: int, lora: tuple[i
         lora = (_capped(max(32, min(128, slots * max(8, power_of_two(product.rank)))), product), *lora[1:])
     # longer pieces of each row reach memory faster; with LoRA few programs do better side by side, and those with many
     # steps of it, and many programs keep memory busy anyway
-    shallow = product.rank > 0 and not 3 * MULTIPROCESSORS <= programs(block_n) < 2.75 * FEW_PROGRAMS
-    block_k = 128 if product.has_runs or shallow or block_n > 32 * wide else 256
+    few = product.rank > 0 and programs(block_n) < 3 * MULTIPROCESSORS
+    shallow = product.has_runs or few or programs(block_n) >= 2.75 * FEW_PROGRAMS
+    block_k = 128 if shallow or block_n > 32 * wide else 256
     return TileConfig(product.rows, block_n, min(block_k, deep), 4, 3, *lora)
 
 
@@ -391,7 +334,9 @@ def down_config(product: Product) -> TileConfig:
         if block_n > 64 or product.rank > 32:
             # so much of B in registers would leave room for fewer programs side by side
             lora = (min(64, lora[0]), lora[1], False, product.streams and product.rank > 32)
-        return TileConfig(rows, block_n, min(128, deep), 4, 3, *lora)
+        # longer pieces of long rows, which LoRA needs shared memory and registers beside
+        block_k = 256 if block_n <= 64 and product.inner >= (3072 if product.rank else 1792) else 128
+        return TileConfig(rows, block_n, min(block_k, deep), 4, 3, *lora)
     if rows == 32:
         block_k = min(128 if product.inner >= 2048 else 64, deep)
         return TileConfig(rows, _columns(columns, 128), block_k, 4, 3, *lora)

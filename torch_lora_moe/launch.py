@@ -95,8 +95,9 @@ class ShrinkPlan:
     """The launch of a shrink.
 
     ``sorts``: whether it reads a schedule; then ``clear``: whether skipped pairs are zeroed, ``in_order``: whether its
-    input is, and ``pieces`` programs share the rows of a run. ``first_tiles``: those of its input that are complete
-    when it starts, if not all are (0); sorted pairs then go in two launches, with a ``share`` of them in the first.
+    input is, and ``pieces`` programs share the rows of a run. ``early``: all but its input is complete when it starts.
+    ``first_tiles``: those of its input that are, too (0: none); sorted pairs then go in two launches, with a ``share``
+    of them in the first.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class ShrinkPlan:
         sorts: bool | None = None,
         in_order: bool = False,
         pieces: int | None = None,
+        early: bool = False,
         first_tiles: int = 0,
         share: float = 1.0,
     ) -> None:
@@ -141,7 +143,10 @@ class ShrinkPlan:
             pieces = run_pieces(num_pairs, num_experts * max_loras, config.block_m) if self.sorts else 1
         if self.sorts:
             constants |= {"CLEAR": clear, "IN_ORDER": in_order, "PIECES": pieces, "BLOCK_M": config.block_m}
-        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k, "SPLIT": first_tiles > 0, "PDL": pdl}
+        constants |= {"BLOCK_R": config.block_n, "BLOCK_K": config.block_k}
+        if kernel == "shrink_pairs":
+            constants["EARLY"] = early
+        constants |= {"SPLIT": first_tiles > 0, "PDL": pdl}
         most = run_programs(num_pairs, num_experts * max_loras) if self.sorts else num_pairs
         options = (config.num_warps, config.num_stages)
         self.launches = []

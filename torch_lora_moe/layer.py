@@ -27,14 +27,11 @@ from torch_lora_moe.config import (
     fitted,
     fitted_shrink,
     gate_up_config,
-    joined_shrink_blocks,
     layer_shrink_config,
     power_of_two,
-    preloaded_pairs,
     shared_memory,
     streamed_ranks,
     streamed_runs,
-    vector_config,
 )
 from torch_lora_moe.kernels import down, gate_up, matvec
 from torch_lora_moe.launch import ShrinkPlan
@@ -42,6 +39,7 @@ from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overl
 from torch_lora_moe.schedules import routed
 from torch_lora_moe.split import Launch
 from torch_lora_moe.steps import Run, Steps
+from torch_lora_moe.vectors import joined_shrink_blocks, preloaded_pairs, vector_config
 
 
 def _strides(w: Tensor) -> dict[str, Any]:
@@ -148,8 +146,8 @@ class TilePlan(LayerSteps):
         down_rounds = split.rounds(second, down_tile, 1, self.used) if self.splits_down else None
         self.first_tiles = split.first_tiles(pdl, gate_up_tile, self.used, gate_up_rounds, down_rounds)
         if call.down_a is not None:
-            how = {"in_order": self.in_order, "first_tiles": self.first_tiles, "share": self.first_tiles / self.used}
-            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, **how)
+            how = {"first_tiles": self.first_tiles, "share": self.first_tiles / self.used}
+            self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, early=True, in_order=self.in_order, **how)
         self.gate_up = self._gate_up(call, gate_up_tile, planes, pdl)
         self.down = self._down(call, down_tile, down_planes, pdl)
         block = min(1024, max(16, power_of_two(self.hidden)))
@@ -337,7 +335,8 @@ class TokenPlan(LayerSteps):
     def _gate_up(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w13
         rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
-        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), 0)
+        sizes = (self.num_pairs * self.inner, w.shape[2], rank)
+        config = vector_config(*sizes, w.stride(2) == 1, w.element_size(), 0)
         pdl = overlaps(x.device)
         constants = {
             "STRIDE_X": x.stride(0),
@@ -366,11 +365,13 @@ class TokenPlan(LayerSteps):
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
         rank = self.down_rank
-        config = vector_config(w.shape[2], rank, w.stride(2) == 1, w.element_size(), self.top_k)
-        pdl, (rows, columns) = overlaps(x.device), joined_shrink_blocks(rank, w.shape[2])
-        shrinkers, tokens = self.num_pairs * -(-rank // rows), self.num_pairs // self.top_k
-        programs = shrinkers + tokens * -(-w.shape[1] // config.block_n)
-        preload = preloaded_pairs(config, w.shape[2], rank, w.element_size(), self.top_k, programs)
+        sizes = (self.num_pairs // self.top_k * w.shape[1], w.shape[2], rank)
+        config = vector_config(*sizes, w.stride(2) == 1, w.element_size(), self.top_k)
+        programs = self.num_pairs // self.top_k * -(-w.shape[1] // config.block_n)
+        how, pdl = (w.shape[2], rank, w.element_size(), self.top_k), overlaps(x.device)
+        rows, columns = joined_shrink_blocks(config, self.num_pairs, *how, programs)
+        programs += self.num_pairs * -(-rank // rows)
+        preload = preloaded_pairs(config, *how, programs)
         constants = {
             **_strides(w),
             "IN": w.shape[2],

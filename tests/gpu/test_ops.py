@@ -154,6 +154,27 @@ def test_one_token_of_large_experts(hidden: int, inner: int, top_k: int, rank: i
     check_by_adapter(make_layer(1, top_k=top_k, rank=rank, hidden=hidden, inner=inner, dtype=dtype, odd_ids=False))
 
 
+@pytest.mark.parametrize(("hidden", "inner"), [(1000, 2600), (2100, 2600), (4100, 700)])
+@pytest.mark.parametrize(
+    "adapted", [("gate_up", "down"), ("gate_up",), ("down",), ()], ids=lambda names: "_".join(names)
+)
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_one_token_in_small_programs(hidden: int, inner: int, top_k: int, adapted: tuple[str, ...]) -> None:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_experts": 8, "top_k": top_k}
+    inputs = make_inputs(Case(1, mapping=(1,), adapted=adapted, dtype=torch.bfloat16, odd_ids=False, **sizes), "cuda")
+    result = inputs.run()
+    check_layer(inputs, result)
+    assert torch.equal(inputs.run(), result)
+
+
+# in tiles, with rank vectors that programs make pair by pair
+@pytest.mark.parametrize(("tokens", "top_k"), [(2, 2), (8, 4), (15, 4)])
+@pytest.mark.parametrize("rank", [16, 64, 128])
+@pytest.mark.parametrize("inner", [200, 1792, 3600])
+def test_few_tokens_of_large_experts(tokens: int, top_k: int, rank: int, inner: int) -> None:
+    check_by_adapter(make_layer(tokens, top_k=top_k, experts=4, rank=rank, hidden=4104, inner=inner))
+
+
 @pytest.mark.parametrize("rank", [60, 64])
 @pytest.mark.parametrize("slots", [24, 64])
 @pytest.mark.parametrize("tokens", [200, 1000, 3000])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, schedules, split
+from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, schedules, split, vectors
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -66,10 +66,15 @@ def test_layer(case: Case) -> None:
     check_layer(inputs, run(inputs))
 
 
-def _fewer_programs(inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> config.VectorConfig:
+def _fewer_programs(rows: int, *how: Any) -> vectors.VectorConfig:
     """A down product as it is behind a gate_up of large blocks: the interpreter takes programs one by one."""
-    chosen = config.vector_config(inner, rank, rows_contiguous, itemsize, down_of)
-    return chosen if down_of else dataclasses.replace(chosen, block_n=64)
+    chosen = vectors.vector_config(rows, *how)
+    return chosen if how[-1] else dataclasses.replace(chosen, block_n=64)
+
+
+def _as_of_many(rows: int, *how: Any) -> vectors.VectorConfig:
+    """A gate_up as one of many rows takes it."""
+    return vectors.vector_config(10**6, *how)
 
 
 FEW_TOKENS = {
@@ -111,6 +116,16 @@ def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
 
 
+@pytest.mark.parametrize("case", ["deep", "deeper", "only_down", "gpt_oss", "two_tokens", "deep_plain"])
+def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As experts with many rows take them."""
+    layer._PLANS.clear()
+    monkeypatch.setattr(layer, "vector_config", _as_of_many)
+    deep_plain = Case(1, adapted=(), intermediate_size=40, hidden_size=2100, odd_ids=False)
+    inputs = make_inputs({**FEW_TOKENS, "deep_plain": deep_plain}[case])
+    check_layer(inputs, run(inputs))
+
+
 def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[tuple[Tensor, ...]] = []
     launched = plans.Plan.__call__
@@ -123,9 +138,9 @@ def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatc
     layer._PLANS.clear()
     run(make_inputs(Case(1, top_k=5, rank=3, mapping=(2,))))
     rank_vectors = kept[-1][4]
-    # five programs made three entries each; the count starts at the next multiple of eight
+    # so few entries are made by a program each; the count starts at the next multiple of eight
     assert rank_vectors.numel() == 24
-    assert rank_vectors.view(torch.int32)[16] == 5
+    assert rank_vectors.view(torch.int32)[16] == 15
 
 
 def test_router_weight_of_an_unknown_expert_counts_for_nothing() -> None:

@@ -202,19 +202,25 @@ def _shrink_for_others(
     BLOCK_I: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """``BLOCK_R`` entries of a pair's rank vector; then counts itself as done."""
+    """``BLOCK_R`` entries of a pair's rank vector, whose first columns of A are there before ``h`` is; then counts
+    itself as done.
+    """
     blocks: tl.constexpr = (RANK + BLOCK_R - 1) // BLOCK_R
     pair, rows = program // blocks, program % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, TOP_K, num_experts, max_loras, HAS_ENABLED)
+    which = tl.where(virtual >= 0, virtual // num_experts if SHARED_A else virtual, 0).to(tl.int64)
+    a_rows = a + which * (RANK * IN) + rows[:, None] * IN
+    known = (rows < RANK) & (virtual >= 0)
+    i = tl.arange(0, BLOCK_I)
+    values = tl.load(a_rows + i[None, :], mask=known[:, None] & (i < IN)[None, :], other=0.0)
     wait_for_producer(PDL)
     if virtual >= 0:
-        which = (virtual // num_experts if SHARED_A else virtual).to(tl.int64)
-        a_rows = a + which * (RANK * IN) + rows[:, None] * IN
-        acc = tl.zeros([BLOCK_R, BLOCK_I], tl.float32)
-        for start in range(0, IN, BLOCK_I):
+        h_row = h + pair.to(tl.int64) * IN
+        acc = values.to(tl.float32) * load_row(h_row, i, i < IN, BLOCK_R)
+        for start in range(BLOCK_I, IN, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
-            values = tl.load(a_rows + i[None, :], mask=(rows < RANK)[:, None] & (i < IN)[None, :], other=0.0)
-            acc += values.to(tl.float32) * load_row(h + pair.to(tl.int64) * IN, i, i < IN, BLOCK_R)
+            values = tl.load(a_rows + i[None, :], mask=known[:, None] & (i < IN)[None, :], other=0.0)
+            acc += values.to(tl.float32) * load_row(h_row, i, i < IN, BLOCK_R)
         tl.store(shrunk + pair * RANK + rows, tl.sum(acc, 1).to(shrunk.dtype.element_ty), mask=rows < RANK)
         # all of the program's stores come before its count
         tl.debug_barrier()

@@ -47,32 +47,42 @@ def shrink_pairs(
     HAS_ENABLED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
     SPLIT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks.
 
-    ``SPLIT``: the input of the experts of the first ``first_tiles`` tiles of ``schedule`` is complete from the start.
+    ``EARLY``: all but ``x`` is complete from the start. ``SPLIT``: so is the input of the experts of the first
+    ``first_tiles`` tiles of ``schedule``.
     """
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     plane = tl.program_id(2)
     columns = plane * CHUNK + tl.arange(0, BLOCK_K)
-    if not SPLIT:
+    if not EARLY:
         wait_for_producer(PDL)
-    release_consumer(PDL)
+    if SPLIT or not EARLY:
+        release_consumer(PDL)
     virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
+    weight = tl.where(virtual >= 0, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
+    a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
+    known = (rows < ROWS) & (virtual >= 0)
+    inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else columns < IN
+    values = tl.load(a_rows + columns[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+    if EARLY and not SPLIT:
+        wait_for_producer(PDL)
+        release_consumer(PDL)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     if virtual >= 0:
         if SPLIT and _is_late(virtual, schedule, first_tiles, num_pairs, num_experts):
             wait_for_producer(PDL)
-        weight = (virtual // num_experts if SHARED else virtual).to(tl.int64)
-        a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
         x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X
-        for start in range(0, CHUNK, BLOCK_K):
+        acc += values.to(tl.float32) * load_row(x_row, columns, inside, BLOCK_R)
+        for start in range(BLOCK_K, CHUNK, BLOCK_K):
             k = start + columns
             inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
-            values = tl.load(a_rows + k[None, :], mask=(rows[:, None] < ROWS) & inside[None, :], other=0.0)
+            values = tl.load(a_rows + k[None, :], mask=known[:, None] & inside[None, :], other=0.0)
             acc += values.to(tl.float32) * load_row(x_row, k, inside, BLOCK_R)
     target = out + (plane.to(tl.int64) * num_pairs + pair) * ROWS + rows
     tl.store(target, tl.sum(acc, 1), mask=rows < ROWS)
