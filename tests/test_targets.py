@@ -242,6 +242,21 @@ def test_nothing_unfinished_is_read(compiler: Compiler, num_tokens: int, rank: i
         assert all(compiler.first_read(*pair) < compiler.first_wait(pair[0]) for pair in early.items())
 
 
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "kernel", "made"), [(1, "down_tokens", "h"), (4, "shrink_pairs", "x")])
+def test_a_of_few_pairs_is_on_its_way_before_their_input_is_there(
+    compiler: Compiler, num_tokens: int, kernel: str, made: str
+) -> None:
+    """Of down's rank vectors: pair by pair made beside their product, in tiles by a kernel before it."""
+    call = arguments(num_tokens, 16, (4096, 1792, 8, 2))
+    layer._plan(call)(call)
+    assert compiler.first_read(kernel, "a") < compiler.first_wait(kernel) < compiler.first_read(kernel, made)
+    if kernel == "shrink_pairs":
+        # the product behind it reads the same input when it starts
+        ptx = compiler.ptx[kernel]
+        assert ptx.index("launch_dependents") > ptx.index("griddepcontrol.wait")
+
+
 BARRIER, PRODUCT = r"bar(?:rier)?\.(?:warp\.)?sync.*", r"fma\.rn\.f32|mul\.f32"
 
 
@@ -265,8 +280,8 @@ def test_weights_of_later_turns_are_on_their_way_at_once(compiler: Compiler, ran
     """As above, of a down product behind what it fetches early."""
     call = arguments(1, rank, (1024, 6400, 16, 2))
     layer._plan(call)(call)
-    # four steps of four rows of 256 columns: 64 threads load 16 bytes each at once
-    most = 4 * 4 * 256 * 2 // (64 * 16)
+    # two steps of four rows of 512 columns: 64 threads load 16 bytes each at once
+    most = 2 * 4 * 512 * 2 // (64 * 16)
     turns = re.split(BARRIER, compiler.ptx["down_tokens"])
     # loads that no product stands behind, up to the next barrier
     ends = [re.split(PRODUCT, turn)[-1] for turn in turns]
