@@ -28,7 +28,7 @@ class VectorConfig:
 def vector_config(rows: int, inner: int, rank: int, rows_contiguous: bool, itemsize: int, down_of: int) -> VectorConfig:
     """The configuration of a product of weights and a vector of ``inner`` elements, with LoRA of ``rank`` (0: none).
 
-    ``rows``: of the result, over all vectors. ``down_of``: as many experts of a token have their products added up,
+    ``rows``: of gate_up's result, over all pairs. ``down_of``: as many experts of a token have their products added up,
     which is unrolled; 0: gate_up.
     """
     deep = max(16, power_of_two(inner))

@@ -167,7 +167,7 @@ def test_one_token_in_small_programs(hidden: int, inner: int, top_k: int, adapte
     assert torch.equal(inputs.run(), result)
 
 
-# in tiles, with rank vectors that programs make pair by pair
+# all but the smallest in tiles, with rank vectors that programs make pair by pair
 @pytest.mark.parametrize(("tokens", "top_k"), [(2, 2), (8, 4), (15, 4)])
 @pytest.mark.parametrize("rank", [16, 64, 128])
 @pytest.mark.parametrize("inner", [200, 1792, 3600])

@@ -53,8 +53,8 @@ def shrink_pairs(
 ):
     """Grid (pairs, blocks of A's rows, planes); ``EVEN_PLANES``: the planes are full chunks of full blocks.
 
-    ``EARLY``: all but ``x`` is complete from the start. ``SPLIT``: so is the input of the experts of the first
-    ``first_tiles`` tiles of ``schedule``.
+    ``EARLY``: all but ``x`` is complete from the start, and A's first columns are loaded before the wait. ``SPLIT``: so
+    is the input of the experts of the first ``first_tiles`` tiles of ``schedule``.
     """
     pair = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -68,18 +68,20 @@ def shrink_pairs(
     weight = tl.where(virtual >= 0, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
     a_rows = a + weight * (ROWS * IN) + rows[:, None] * IN
     known = (rows < ROWS) & (virtual >= 0)
-    inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else columns < IN
-    values = tl.load(a_rows + columns[None, :], mask=known[:, None] & inside[None, :], other=0.0)
-    if EARLY and not SPLIT:
-        wait_for_producer(PDL)
-        release_consumer(PDL)
+    if EARLY:
+        inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else columns < IN
+        values = tl.load(a_rows + columns[None, :], mask=known[:, None] & inside[None, :], other=0.0)
+        if not SPLIT:
+            wait_for_producer(PDL)
+            release_consumer(PDL)
     acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     if virtual >= 0:
         if SPLIT and _is_late(virtual, schedule, first_tiles, num_pairs, num_experts):
             wait_for_producer(PDL)
         x_row = x + (pair // pairs_per_row).to(tl.int64) * STRIDE_X
-        acc += values.to(tl.float32) * load_row(x_row, columns, inside, BLOCK_R)
-        for start in range(BLOCK_K, CHUNK, BLOCK_K):
+        if EARLY:
+            acc += values.to(tl.float32) * load_row(x_row, columns, inside, BLOCK_R)
+        for start in range(BLOCK_K if EARLY else 0, CHUNK, BLOCK_K):
             k = start + columns
             inside = tl.full([BLOCK_K], True, tl.int1) if EVEN_PLANES else k < IN
             values = tl.load(a_rows + k[None, :], mask=known[:, None] & inside[None, :], other=0.0)
