@@ -28,7 +28,6 @@ from torch_lora_moe.config import (
     streamed_runs,
 )
 from torch_lora_moe.routing import RUN_ROWS
-from torch_lora_moe.vectors import joined_shrink_blocks, preloaded_pairs, vector_config
 
 CPU = torch.device("cpu")
 TABLES = sorted((Path(torch_lora_moe.__file__).parent / "configs").glob("*.json"))
@@ -306,71 +305,6 @@ def test_tiles_share_blocks_of_weights_that_l2_does_not_hold() -> None:
         return gate_up_config(Product(8192, 128, 64.0, columns, inner, 2, 0, False, 1, 128.0), True).group_tiles
 
     assert (group(768, 2048), group(2880, 2880), group(14336, 4096)) == (1, 1, 8)
-
-
-@pytest.mark.parametrize("rank", [0, 16, 64, 128])
-@pytest.mark.parametrize("inner", [16, 768, 1408, 2048, 14336])
-@pytest.mark.parametrize("down_of", [0, 1, 8])
-@pytest.mark.parametrize("rows", [2048, 6144])
-def test_vector_steps_are_legal(rows: int, inner: int, rank: int, down_of: int) -> None:
-    for rows_contiguous in (True, False):
-        chosen = vector_config(rows, inner, rank, rows_contiguous, 2, down_of)
-        assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
-        assert 1 <= chosen.unroll <= 4
-        # what is fetched early fits into registers
-        pairs = preloaded_pairs(chosen, inner, rank, 2, 8, 500)
-        held = pairs * chosen.unroll * chosen.block_n * chosen.block_k * 2 / (4 * 32 * chosen.num_warps)
-        assert held <= (192 if rank == 0 else 96) or pairs == 1
-
-
-def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
-    def tile(inner: int, rank: int, down_of: int) -> tuple[int, int]:
-        chosen = vector_config(2048, inner, rank, True, 2, down_of)
-        return chosen.block_n, chosen.block_k * chosen.unroll
-
-    # up to 2048 columns; rows of B cost less where several share a program
-    assert [tile(inner, 16, 8) for inner in (768, 1408, 2048, 2880)] == [(4, 768), (2, 2048), (2, 2048), (4, 1024)]
-    assert tile(1408, 64, 8)[0] == 4
-    # few experts have more rows on their way, in turns that are alike
-    assert [tile(1408, 16, down_of) for down_of in (1, 2, 4)] == [(4, 768), (4, 768), (2, 2048)]
-
-
-def test_few_tokens_stream_through_many_small_programs() -> None:
-    def tile(inner: int, rank: int = 16, itemsize: int = 2, rows: int = 6144) -> tuple[int, ...]:
-        chosen = vector_config(rows, inner, rank, True, itemsize, 0)
-        return chosen.block_n, chosen.block_k, chosen.unroll, chosen.num_warps
-
-    # all of a row at once, or half as much where there are several turns
-    assert [tile(inner)[2:] for inner in (768, 1536, 2048, 2880, 7168)] == [(n, 1) for n in (2, 3, 4, 2, 2)]
-    assert tile(2048, 16, 4) == (1, 512, 4, 1)
-    # without LoRA the same bytes in one step
-    assert [tile(inner, 0) for inner in (768, 2048, 7168)] == [(2, 1024, 1, 1)] * 3
-    # so few rows that many programs would be none
-    assert [tile(inner, rank, 2, 1024) for inner, rank in ((300, 16), (2048, 0))] == [(8, 512, 1, 4), (8, 512, 2, 4)]
-
-
-def test_entries_of_rank_vectors_that_a_program_makes_for_others() -> None:
-    def blocks(pairs: int, rank: int, inner: int, programs: int = 512) -> tuple[int, int]:
-        chosen = vector_config(2048, inner, rank, True, 2, pairs)
-        return joined_shrink_blocks(chosen, pairs, inner, rank, 2, pairs, programs)
-
-    # few of them, and long rows, are spread over more programs
-    assert [blocks(pairs, 16, 768) for pairs in (8, 4, 2, 1)] == [(4, 1024), (2, 1024), (1, 1024), (1, 1024)]
-    assert [blocks(2, 64, inner) for inner in (1792, 14336)] == [(4, 1024), (1, 2048)]
-    # unless the others then have no room for what they fetch early
-    assert blocks(2, 64, 14336, 1024) == (4, 1024)
-
-
-def test_weights_fetched_early_leave_room_for_all_programs() -> None:
-    def pairs(inner: int, programs: int, rank: int = 16, top_k: int = 8) -> int:
-        return preloaded_pairs(vector_config(2048, inner, rank, True, 2, top_k), inner, rank, 2, top_k, programs)
-
-    # one token: hidden sizes of 2048, 3584, 7168 and 4096; then so many programs that they take turns anyway
-    assert [pairs(768, 544), pairs(2560, 928), pairs(256, 1824), pairs(6400, 1032, 16, 2)] == [4, 2, 2, 2]
-    assert pairs(2560, 9280) == pairs(2560, 700) == 3
-    # B of more ranks, and rows with steps that are not there
-    assert [pairs(2560, 1024, rank) for rank in (16, 64, 128)] == [2, 1, 1]
-    assert [pairs(inner, 1056) for inner in (1024, 1408)] == [3, 2]
 
 
 def test_few_programs_hold_the_slots_of_nearly_all_tiles() -> None:

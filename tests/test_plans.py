@@ -119,6 +119,6 @@ def test_batches_of_all_sizes_share_kernels(monkeypatch: pytest.MonkeyPatch) -> 
         call = FusedArguments(x, w13, w2, torch.empty(tokens, top_k), ids, None, *lora, mapping)
         layer._plan(call)(call)
     few = {name: compiled.pop(name) for name in ("gate_up_pairs", "down_tokens")}
-    assert max(map(len, few.values())) <= 3
+    assert max(map(len, few.values())) <= 4
     assert {"gate_up_tiles", "down_tiles", "shrink_runs", "scatter_pairs"} <= set(compiled)
     assert max(map(len, compiled.values())) <= 24

@@ -42,7 +42,8 @@ class Compiler:
 
     def __call__(self, plan: plans.Plan, tensors: tuple[Tensor, ...], sizes: tuple[float, ...]) -> None:
         names = plan.kernel.arg_names
-        options = {name: plan.options[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+        names_of = ("num_warps", "num_stages", "maxnreg")
+        options = {name: plan.options[name] for name in names_of if name in plan.options} | {"enable_fp_fusion": True}
         compiled = triton.compile(source(plan, tensors, sizes, self.fixed), target=self.target, options=options)
         name = plan.kernel.__name__
         if dict(zip(names[len(tensors) + len(sizes) :], plan.constants, strict=True)).get("SPLIT"):
@@ -122,6 +123,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 QWEN3 = (2048, 768, 128, 8)
+GPT_OSS = (2880, 2880, 32, 4)
 FEW_EXPERTS = (1024, 1024, 8, 2)
 
 
@@ -255,6 +257,24 @@ def test_a_of_few_pairs_is_on_its_way_before_their_input_is_there(
         # the product behind it reads the same input when it starts
         ptx = compiler.ptx[kernel]
         assert ptx.index("launch_dependents") > ptx.index("griddepcontrol.wait")
+
+
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(
+    ("rank", "sizes"), [(64, QWEN3), (128, QWEN3), (16, (4096, 14336, 8, 2)), (64, (4096, 1792, 8, 2)), (32, GPT_OSS)]
+)
+def test_programs_of_one_token_are_on_the_gpu_at_once(
+    compiler: Compiler, rank: int, sizes: tuple[int, int, int, int], tmp_path: Path
+) -> None:
+    call = arguments(1, rank, sizes)
+    plan = layer._plan(call)
+    plan(call)
+    notes = assembled(compiler.ptx["down_tokens"], tmp_path)
+    registers = int(re.findall(r"Used (\d+) registers", notes)[0])
+    at_once = 65536 // (32 * plan.down.options["num_warps"] * (-(-registers // 8) * 8))
+    assert plan.down.grid[0] <= 132 * at_once
+    # the bound costs no more than an address
+    assert sum(map(int, re.findall(r"(\d+) bytes spill stores", notes))) <= 8
 
 
 BARRIER, PRODUCT = r"bar(?:rier)?\.(?:warp\.)?sync.*", r"fma\.rn\.f32|mul\.f32"

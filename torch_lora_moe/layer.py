@@ -39,7 +39,7 @@ from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overl
 from torch_lora_moe.schedules import routed
 from torch_lora_moe.split import Launch
 from torch_lora_moe.steps import Run, Steps
-from torch_lora_moe.vectors import joined_shrink_blocks, preloaded_pairs, vector_config
+from torch_lora_moe.vectors import down_programs, down_vector_config, gate_up_vector_config
 
 
 def _strides(w: Tensor) -> dict[str, Any]:
@@ -336,7 +336,7 @@ class TokenPlan(LayerSteps):
         x, w = call.hidden_states, call.w13
         rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
         sizes = (self.num_pairs * self.inner, w.shape[2], rank)
-        config = vector_config(*sizes, w.stride(2) == 1, w.element_size(), 0)
+        config = gate_up_vector_config(*sizes, w.stride(2) == 1, w.element_size())
         pdl = overlaps(x.device)
         constants = {
             "STRIDE_X": x.stride(0),
@@ -365,13 +365,11 @@ class TokenPlan(LayerSteps):
     def _down(self, call: FusedArguments) -> Plan:
         x, w = call.hidden_states, call.w2
         rank = self.down_rank
-        sizes = (self.num_pairs // self.top_k * w.shape[1], w.shape[2], rank)
-        config = vector_config(*sizes, w.stride(2) == 1, w.element_size(), self.top_k)
+        config = down_vector_config(w.shape[2], rank, w.stride(2) == 1, self.top_k)
         programs = self.num_pairs // self.top_k * -(-w.shape[1] // config.block_n)
-        how, pdl = (w.shape[2], rank, w.element_size(), self.top_k), overlaps(x.device)
-        rows, columns = joined_shrink_blocks(config, self.num_pairs, *how, programs)
-        programs += self.num_pairs * -(-rank // rows)
-        preload = preloaded_pairs(config, *how, programs)
+        sizes = (self.num_pairs, w.shape[2], rank, w.element_size(), self.top_k)
+        how, pdl = down_programs(config, programs, *sizes), overlaps(x.device)
+        programs += self.num_pairs * -(-rank // how.shrink_rows)
         constants = {
             **_strides(w),
             "IN": w.shape[2],
@@ -384,16 +382,17 @@ class TokenPlan(LayerSteps):
             "RANK_POW2": power_of_two(max(rank, 1)),
             "SHARED": call.down_b is not None and call.down_b.shape[1] < self.num_experts,
             "SHARED_A": call.down_a is not None and call.down_a.shape[1] < self.num_experts,
-            "BLOCK_R": rows,
-            "BLOCK_I": columns,
+            "BLOCK_R": how.shrink_rows,
+            "BLOCK_I": how.shrink_columns,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
-            "PRELOAD": preload,
+            "PRELOAD": how.preloaded,
             "PDL": pdl,
         }
-        grid = (programs, 1, 1)
-        return Plan(matvec.down_tokens, grid, constants, (config.num_warps, 1), pdl, aligned=7)
+        grid, registers = (programs, 1, 1), how.registers if pdl else None
+        options = (config.num_warps, 1)
+        return Plan(matvec.down_tokens, grid, constants, options, pdl, aligned=7, registers=registers)
 
     def run(self, run: Run, call: FusedArguments) -> None:
         """Makes the launches of the layer."""

@@ -26,7 +26,8 @@ class Plan:
     """One kernel with its grid and constants; the compiled kernel is kept after the first launch.
 
     The first ``aligned`` arguments are tensors whose data a compiled kernel expects at multiples of 16 bytes. Those of
-    ``matrices``, by number, go as tensor descriptors with blocks of the shape given there.
+    ``matrices``, by number, go as tensor descriptors with blocks of the shape given there. ``registers``: the most that
+    a thread may take.
     """
 
     def __init__(
@@ -38,11 +39,14 @@ class Plan:
         dependent: bool = False,
         aligned: int = 0,
         matrices: dict[int, list[int]] | None = None,
+        registers: int | None = None,
     ) -> None:
         self.kernel, self.grid, self.constants = kernel, grid, tuple(constants.values())
         self.options: dict[str, Any] = {"num_warps": config[0], "num_stages": config[1]}
         if dependent:
             self.options["launch_pdl"] = True
+        if registers is not None:
+            self.options["maxnreg"] = registers
         self.aligned, self.matrices = aligned, matrices or {}
         self.descriptors: dict[int, SimpleNamespace] = {}
         self.compiled: Any = None

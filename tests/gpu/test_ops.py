@@ -167,6 +167,16 @@ def test_one_token_in_small_programs(hidden: int, inner: int, top_k: int, adapte
     assert torch.equal(inputs.run(), result)
 
 
+# down products whose programs are all on the GPU at once, evenly spread, some with a bound on their registers
+@pytest.mark.parametrize(
+    ("hidden", "inner", "top_k"), [(2048, 768, 8), (4096, 1792, 2), (4096, 448, 6), (2880, 2880, 4), (1024, 512, 8)]
+)
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_few_tokens_that_fill_the_gpu(hidden: int, inner: int, top_k: int, rank: int, tokens: int) -> None:
+    check_by_adapter(make_layer(tokens, top_k=top_k, experts=16, rank=rank, hidden=hidden, inner=inner))
+
+
 # all but the smallest in tiles, with rank vectors that programs make pair by pair
 @pytest.mark.parametrize(("tokens", "top_k"), [(2, 2), (8, 4), (15, 4)])
 @pytest.mark.parametrize("rank", [16, 64, 128])

@@ -66,15 +66,14 @@ def test_layer(case: Case) -> None:
     check_layer(inputs, run(inputs))
 
 
-def _fewer_programs(rows: int, *how: Any) -> vectors.VectorConfig:
-    """A down product as it is behind a gate_up of large blocks: the interpreter takes programs one by one."""
-    chosen = vectors.vector_config(rows, *how)
-    return chosen if how[-1] else dataclasses.replace(chosen, block_n=64)
+def _fewer_programs(*how: Any) -> vectors.VectorConfig:
+    """A gate_up of large blocks: the interpreter takes programs one by one."""
+    return dataclasses.replace(vectors.gate_up_vector_config(*how), block_n=64)
 
 
 def _as_of_many(rows: int, *how: Any) -> vectors.VectorConfig:
     """A gate_up as one of many rows takes it."""
-    return vectors.vector_config(10**6, *how)
+    return vectors.gate_up_vector_config(10**6, *how)
 
 
 FEW_TOKENS = {
@@ -110,7 +109,7 @@ def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of their own that they have: nothing sorted, rank vectors made by the launch that needs them."""
     layer._PLANS.clear()
     if case.intermediate_size > 1000:
-        monkeypatch.setattr(layer, "vector_config", _fewer_programs)
+        monkeypatch.setattr(layer, "gate_up_vector_config", _fewer_programs)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
     assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
@@ -120,7 +119,7 @@ def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As experts with many rows take them."""
     layer._PLANS.clear()
-    monkeypatch.setattr(layer, "vector_config", _as_of_many)
+    monkeypatch.setattr(layer, "gate_up_vector_config", _as_of_many)
     deep_plain = Case(1, adapted=(), intermediate_size=40, hidden_size=2100, odd_ids=False)
     inputs = make_inputs({**FEW_TOKENS, "deep_plain": deep_plain}[case])
     check_layer(inputs, run(inputs))

@@ -34,11 +34,27 @@ def _rank_vector(
 
 
 @triton.jit
-def _matrix(b, n, mask, RANK: tl.constexpr, RANK_POW2: tl.constexpr):
-    """Rows ``n`` of a LoRA B in fp32."""
+def _matrices(
+    b,
+    n,
+    virtual,
+    inside,
+    num_experts,
+    SLICE: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_POW2: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Rows ``n`` of a pair's LoRA B, those of gate and those of up; zero without an adapter."""
+    slices: tl.constexpr = 2 if IS_GATED else 1
+    which = tl.where(virtual >= 0, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
     ranks = tl.arange(0, RANK_POW2)
-    pointers = b + n.to(tl.int64)[:, None] * RANK + ranks[None, :]
-    return tl.load(pointers, mask=mask[:, None] & (ranks < RANK)[None, :], other=0.0).to(tl.float32)
+    pointers = b + which * (slices * SLICE * RANK) + n.to(tl.int64)[:, None] * RANK + ranks[None, :]
+    mask = (inside & (virtual >= 0))[:, None] & (ranks < RANK)[None, :]
+    gate = tl.load(pointers, mask=mask, other=0.0)
+    up = tl.load(pointers + SLICE * RANK, mask=mask, other=0.0) if IS_GATED else gate
+    return gate, up
 
 
 @triton.jit
@@ -137,6 +153,10 @@ def gate_up_pairs(
     x_row = x + (pair // top_k).to(tl.int64) * STRIDE_X
     row = tl.where(known, expert, 0).to(tl.int64)
     rows = w + row * STRIDE_E + (n * step).to(tl.int64)[:, None] * STRIDE_N
+    # behind a loop, B would hold up the end
+    b_first: tl.constexpr = RANK > 0 and RANK <= 64 and IN > BLOCK_K * UNROLL
+    if b_first:
+        gate_b, up_b = _matrices(b, n, virtual, inside, num_experts, SLICE, IS_GATED, RANK, RANK_POW2, SHARED)
     for outer in range(0, IN, BLOCK_K * UNROLL):
         gates = ()
         ups = ()
@@ -156,13 +176,8 @@ def gate_up_pairs(
             gate_acc += _products(gates[inner], value, held)
             if IS_GATED:
                 up_acc += _products(ups[inner], value, held)
-    if RANK > 0:
-        adapted = virtual >= 0
-        which = tl.where(adapted, virtual // num_experts if SHARED else virtual, 0).to(tl.int64)
-        rows_b = b + which * (slices * SLICE * RANK)
-        gate_b = _matrix(rows_b, n, inside & adapted, RANK, RANK_POW2)
-        if IS_GATED:
-            up_b = _matrix(rows_b + SLICE * RANK, n, inside & adapted, RANK, RANK_POW2)
+    if RANK > 0 and not b_first:
+        gate_b, up_b = _matrices(b, n, virtual, inside, num_experts, SLICE, IS_GATED, RANK, RANK_POW2, SHARED)
     gate, up = tl.sum(gate_acc, 1), tl.sum(up_acc, 1)
     if HAS_BIAS:
         bias_row = bias + row * (slices * SLICE) + n * step
@@ -172,11 +187,12 @@ def gate_up_pairs(
     if EARLY:
         wait_for_producer(PDL)
     if RANK > 0:
+        adapted = virtual >= 0
         s = _rank_vector(shrunk, pair, num_pairs, adapted, 0, slices * RANK, RANK, RANK_POW2, NUM_PLANES)
-        gate += tl.sum(gate_b * s[None, :], 1)
+        gate += tl.sum(gate_b.to(tl.float32) * s[None, :], 1)
         if IS_GATED:
             s = _rank_vector(shrunk, pair, num_pairs, adapted, 1, slices * RANK, RANK, RANK_POW2, NUM_PLANES)
-            up += tl.sum(up_b * s[None, :], 1)
+            up += tl.sum(up_b.to(tl.float32) * s[None, :], 1)
     h = activate(gate, up, swiglu_alpha, swiglu_limit, IS_GATED, ACTIVATION)
     tl.store(out + pair.to(tl.int64) * SLICE + n, h.to(out.dtype.element_ty), mask=here)
 
