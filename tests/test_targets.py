@@ -294,6 +294,17 @@ def test_weights_of_a_turn_are_on_their_way_at_once(compiler: Compiler, hidden: 
     assert not re.search(PRODUCT, turns[0])
 
 
+@pytest.mark.parametrize("compiler", [90], indirect=True)
+@pytest.mark.parametrize(("hidden", "rank", "first"), [(2880, 16, True), (4096, 64, True), (2048, 16, False)])
+def test_b_of_products_in_turns_is_on_its_way_first(compiler: Compiler, hidden: int, rank: int, first: bool) -> None:
+    """Behind the turns it would come when all else is there; a product in one turn has loads enough before it."""
+    call = arguments(1, rank, (hidden, 1792, 16, 2))
+    layer._plan(call)(call)
+    lines = compiler.ptx["gate_up_pairs"].splitlines()
+    weights = next(i for i, line in enumerate(lines) if "evict_first" in line)
+    assert (compiler.first_read("gate_up_pairs", "b") < weights) is first
+
+
 @pytest.mark.parametrize("compiler", [80, 90], indirect=True)
 @pytest.mark.parametrize("rank", [0, 16])
 def test_weights_of_later_turns_are_on_their_way_at_once(compiler: Compiler, rank: int) -> None:
