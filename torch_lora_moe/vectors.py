@@ -138,28 +138,32 @@ def _shrink_rows(num_programs: int, num_pairs: int, rank: int, top_k: int) -> in
     """Rows of A that a program takes which makes rank vectors: the fewest with which every multiprocessor has as many
     programs as the next, if they do not take it long beside the products of ``top_k`` pairs.
     """
-    room = -num_programs % MULTIPROCESSORS
-    most, rows = min(16, power_of_two(top_k + 1)), 1
-    while rows < most and num_pairs * -(-rank // rows) > room:
-        rows *= 2
-    if num_pairs * -(-rank // rows) <= room:
+    room, most = -num_programs % MULTIPROCESSORS, min(16, power_of_two(top_k + 1))
+
+    def fewest(programs: int) -> int:
+        rows = 1
+        while rows < most and num_pairs * -(-rank // rows) > programs:
+            rows *= 2
         return rows
-    rows = 1
-    while rows < most and num_pairs * -(-rank // rows) > MOST_SHRINKERS:
-        rows *= 2
-    return rows
+
+    even = fewest(room)
+    return even if num_pairs * -(-rank // even) <= room else fewest(MOST_SHRINKERS)
 
 
 def _columns(rows: int, inner: int) -> int:
+    """Columns of A that a program takes at once with ``rows`` of it."""
     return min(2048, 4096 // rows, max(16, power_of_two(inner)))
 
 
 def _registers(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int) -> tuple[int, int]:
     """Registers of a thread for addresses, sums, a step's own and B of the token's pairs, and for each pair fetched."""
-    threads = 32 * config.num_warps
-    step = max(1, config.block_n * config.block_k * itemsize // (4 * threads))
-    others = 44 + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (4 * threads)
-    return others, min(config.unroll, -(-inner // config.block_k)) * step
+    others = 44 + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (128 * config.num_warps)
+    return others, min(config.unroll, -(-inner // config.block_k)) * _step_registers(config, itemsize)
+
+
+def _step_registers(config: VectorConfig, itemsize: int) -> int:
+    """Registers of a thread for the weights of a step."""
+    return max(1, config.block_n * config.block_k * itemsize // (128 * config.num_warps))
 
 
 def _preloaded(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int, num_programs: int) -> int:
@@ -167,8 +171,7 @@ def _preloaded(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k
     others, each = _registers(config, inner, rank, itemsize, top_k)
     threads = 32 * config.num_warps
     room = 32 if rank > 64 else 96 if rank or config.block_k > 256 else 192
-    steps = min(config.unroll, -(-inner // config.block_k))
-    most = min(top_k, max(1, room // (config.unroll * each // steps)))
+    most = min(top_k, max(1, room // (config.unroll * _step_registers(config, itemsize))))
     for pairs in range(most, 0, -1):
         registers = -(-(others + pairs * each) // 8) * 8
         if num_programs <= MULTIPROCESSORS * min(32, REGISTERS // (threads * registers)):

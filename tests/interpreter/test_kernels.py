@@ -125,6 +125,17 @@ def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch
     check_layer(inputs, run(inputs))
 
 
+@pytest.mark.parametrize("how", [{"hidden_size": 1100, "bias": True}, {"hidden_size": 4000, "rank": 72}], ids=str)
+def test_few_tokens_row_by_row(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert's row for each program: all of it at once, and in turns with B behind them."""
+    layer._PLANS.clear()
+    monkeypatch.setattr(layer, "gate_up_vector_config", _as_of_many)
+    inputs = make_inputs(Case(1, intermediate_size=24, mapping=(1,), odd_ids=False, dtype=torch.float16, **how))
+    check_layer(inputs, run(inputs))
+    (plan,) = layer._PLANS.values()
+    assert plan.gate_up.grid[1] == 24
+
+
 def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[tuple[Tensor, ...]] = []
     launched = plans.Plan.__call__
