@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from torch_lora_moe.bench import __main__ as bench
-from torch_lora_moe.bench import layers
+from torch_lora_moe.bench import layers, timing
 from torch_lora_moe.bench.oracle import relative_error, sample, some_tokens
 from torch_lora_moe.bench.plot import draw
 from torch_lora_moe.bench.problems import Problem, Shape, make_problems
-from torch_lora_moe.bench.timing import call_time
+from torch_lora_moe.bench.timing import call_time, graph_times
 
 SMALL = Shape(hidden_size=48, intermediate_size=32, num_experts=6, top_k=3)
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -96,6 +98,38 @@ def _heights(path: Path) -> list[float]:
     heights = [float(y) for points in drawn for y in re.findall(r"[ML] \S+ (\S+)", points)]
     top, bottom = min(heights), max(heights)
     return [(bottom - y) / (bottom - top) for y in heights]
+
+
+def test_ways_take_turns_in_changing_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[object] = []
+
+    class Graph:
+        def __init__(self, calls: Sequence[object]) -> None:
+            self.calls = calls
+
+        def replay(self) -> None:
+            replayed.append(self.calls[0])
+
+    class Event:
+        """Two of them are as many milliseconds apart as the name of the way between them is long."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(len(str(replayed[-1])))
+
+        record = synchronize = lambda self: None
+
+    monkeypatch.setattr(timing, "_captured", Graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    ways: dict[str, Any] = {name: [name, name] for name in ("a", "bb", "ccc")}
+    assert graph_times(ways, replays=20) == {"a": 500.0, "bb": 1000.0, "ccc": 1500.0}
+    assert replayed[::2] == replayed[1::2]
+    turns = [tuple(replayed[i : i + 6 : 2]) for i in range(0, len(replayed), 6)]
+    assert len(turns) == 23
+    assert all(set(turn) == set(ways) for turn in turns)
+    assert len(set(turns)) == 6
 
 
 def test_oracle_samples_first_and_last(problem: Problem) -> None:

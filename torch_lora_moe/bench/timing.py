@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -20,23 +21,30 @@ def graph_time(calls: Sequence[Callable[[], object]], replays: int = 30) -> floa
 
 
 def graph_times(ways: Mapping[str, Sequence[Callable[[], object]]], replays: int = 30) -> dict[str, float]:
-    """As `graph_time`, of several ways that take turns, so that each finds the GPU as warm as the others do.
+    """As `graph_time`, of several ways that take turns in a random order: each finds the GPU as warm as the others do.
 
-    In its turn a way goes twice and is timed the second time: what the way before it left in the cache is gone then.
+    A way that always followed the same one would inherit the clock that that one's power left it. In its turn a way
+    goes twice and is timed the second time: what the way before it left in the cache is gone then.
     """
     graphs = {name: _captured(calls) for name, calls in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(3 + replays):
-        for name, graph in graphs.items():
+    for turn, names in enumerate(_turns(graphs, 3 + replays)):
+        for name in names:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            graph.replay()
+            graphs[name].replay()
             start.record()
-            graph.replay()
+            graphs[name].replay()
             end.record()
             end.synchronize()
             if turn >= 3:
                 times[name].append(start.elapsed_time(end) * 1e3)
     return {name: float(statistics.median(times[name])) / len(calls) for name, calls in ways.items()}
+
+
+def _turns(names: Iterable[str], turns: int) -> list[list[str]]:
+    """All names in each turn, in an order that is random, but the same from run to run."""
+    generator, names = random.Random(0), sorted(names)
+    return [generator.sample(names, len(names)) for _ in range(turns)]
 
 
 def _captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
