@@ -7,6 +7,7 @@ follows starts on them, and fills the GPU while the product's last programs end 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch_lora_moe.config import MULTIPROCESSORS, Product, TileConfig, expected_tiles
@@ -14,8 +15,8 @@ from torch_lora_moe.config import MULTIPROCESSORS, Product, TileConfig, expected
 # Shared memory of a multiprocessor that starts kernels early, and what each program takes beside its own.
 SHARED_MEMORY = 228 * 1024
 RESERVED_MEMORY = 1024
-# Programs of four warps with the registers that a product needs.
-MOST_PROGRAMS = 4
+# Warps of a multiprocessor with the registers that a product needs.
+MOST_WARPS = 16
 # Rounds of programs from which on two launches are quicker than one: of gate_up, and of down where it is split too,
 # which has a stop of its own then, so it must not be much longer than gate_up either.
 LEAST_ROUNDS = 3.0
@@ -38,9 +39,15 @@ class Launch(NamedTuple):
 
 
 def used_tiles(num_pairs: int, num_experts: int, rows: int, tiles: int) -> float:
-    """Those of ``tiles`` that a random batch fills: one for each expert that has pairs, or those of all its rows."""
-    experts = expected_tiles(num_pairs, num_experts, num_pairs)
-    return min(tiles, max(experts, num_pairs / rows + experts / 2))
+    """Those of ``tiles`` that a random batch fills: of an expert one, if it has pairs, and one more for each ``rows``
+    that they exceed, their number taken as normally distributed.
+    """
+    mean = num_pairs / num_experts
+    used, tile = expected_tiles(num_pairs, num_experts, num_pairs), 1
+    while (above := (tile * rows + 0.5 - mean) / math.sqrt(2 * mean)) < 4:
+        used += num_experts * math.erfc(above) / 2
+        tile += 1
+    return min(tiles, used)
 
 
 def rounds(product: Product, config: TileConfig, num_slices: int, tiles: float) -> float:
@@ -49,8 +56,7 @@ def rounds(product: Product, config: TileConfig, num_slices: int, tiles: float) 
     stage = (config.block_m + num_slices * config.block_n) * config.block_k * product.itemsize
     # the compiler holds one stage less of products that no warp group does
     held = config.num_stages - (0 if config.block_m >= 64 else 1)
-    most = MOST_PROGRAMS if config.num_warps == 4 else 1
-    at_once = max(1, min(SHARED_MEMORY // (held * stage + RESERVED_MEMORY), most))
+    at_once = max(1, min(SHARED_MEMORY // (held * stage + RESERVED_MEMORY), MOST_WARPS // config.num_warps))
     return programs / (MULTIPROCESSORS * at_once)
 
 
