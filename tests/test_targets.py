@@ -280,22 +280,26 @@ def test_programs_of_one_token_are_on_the_gpu_at_once(
 BARRIER, PRODUCT = r"bar(?:rier)?\.(?:warp\.)?sync.*", r"fma\.rn\.f32|mul\.f32"
 
 
+# elements that a program of so many warps takes at once, of gate and of up
 @pytest.mark.parametrize("compiler", [80, 90], indirect=True)
-@pytest.mark.parametrize("rank", [0, 16])
-@pytest.mark.parametrize("hidden", [2880, 4096, 6144])
-def test_weights_of_a_turn_are_on_their_way_at_once(compiler: Compiler, hidden: int, rank: int) -> None:
-    """One token, rows in several turns: a compiler that spares registers would wait between its loads."""
+@pytest.mark.parametrize(
+    ("hidden", "rank", "elements", "warps"),
+    [(2880, 0, 4096, 1), (2880, 16, 4096, 1), (4096, 0, 2 * 2048, 4), (6144, 0, 2048, 1), (6144, 16, 2 * 1024, 1)],
+)
+def test_weights_of_a_turn_are_on_their_way_at_once(
+    compiler: Compiler, hidden: int, rank: int, elements: int, warps: int
+) -> None:
+    """One token, rows in one turn or several: a compiler that spares registers would wait between its loads."""
     call = arguments(1, rank, (hidden, 1024, 16, 2))
     layer._plan(call)(call)
     turns = re.split(BARRIER, compiler.ptx["gate_up_pairs"])
-    # gate and up, two steps of two rows of 512 columns: 32 threads load 16 bytes each at once
-    loads = re.findall(r"ld\.global\.L1::evict_first[\w.:]*\.v4\.b32", turns[0])
-    assert len(loads) == 2 * 2 * 2 * 512 * 2 // (32 * 16)
-    assert not re.search(PRODUCT, turns[0])
+    # 32 threads load 16 bytes each at once
+    loads = re.findall(r"ld\.global\.L1::evict_first[\w.:]*\.v4\.b32", re.split(PRODUCT, turns[0])[0])
+    assert len(loads) == 2 * elements * 2 // (32 * warps * 16)
 
 
 @pytest.mark.parametrize("compiler", [90], indirect=True)
-@pytest.mark.parametrize(("hidden", "rank", "first"), [(2880, 16, True), (4096, 64, True), (2048, 16, False)])
+@pytest.mark.parametrize(("hidden", "rank", "first"), [(5120, 16, True), (6144, 64, True), (4096, 64, False)])
 def test_b_of_products_in_turns_is_on_its_way_first(compiler: Compiler, hidden: int, rank: int, first: bool) -> None:
     """Behind the turns it would come when all else is there; a product in one turn has loads enough before it."""
     call = arguments(1, rank, (hidden, 1792, 16, 2))

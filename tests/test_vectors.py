@@ -65,34 +65,61 @@ def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
         return chosen.block_n, chosen.block_k * chosen.unroll
 
     # up to 2048 columns; rows of B cost less where several share a program
-    assert [tile(inner, 16, 8) for inner in (768, 1408, 2048, 2880)] == [(4, 768), (2, 2048), (2, 2048), (4, 1024)]
+    assert [tile(inner, 16, 8) for inner in (768, 1408, 2048, 2880)] == [(4, 768), (2, 2048), (2, 2048), (8, 1024)]
     assert tile(1408, 64, 8)[0] == 4
-    # few experts have more rows on their way, in turns that are alike
-    assert [tile(1408, 16, top_k) for top_k in (1, 2, 4)] == [(4, 768), (4, 768), (2, 2048)]
+    # few experts have more rows on their way, in turns
+    assert [tile(1408, 16, top_k) for top_k in (1, 2, 4)] == [(4, 1024), (4, 1024), (2, 2048)]
+    assert [tile(2880, rank, 4) for rank in (0, 16)] == [(4, 1024), (4, 1024)]
 
 
-def test_few_tokens_stream_through_many_small_programs() -> None:
-    def tile(inner: int, rank: int = 16, itemsize: int = 2, rows: int = 6144) -> tuple[int, ...]:
-        chosen = gate_up_vector_config(rows, inner, rank, True, itemsize)
-        return chosen.block_n, chosen.block_k, chosen.unroll, chosen.num_warps
+def gate_up(inner: int, rank: int, rows: int, itemsize: int = 2) -> tuple[int, ...]:
+    """Rows, columns, steps and warps of a gate_up product."""
+    chosen = gate_up_vector_config(rows, inner, rank, True, itemsize)
+    return chosen.block_n, chosen.block_k, chosen.unroll, chosen.num_warps
 
-    # beside LoRA a row at once or in nearly full turns, else two of them
-    row = (1, 2048, 1, 1)
-    assert [tile(inner) for inner in (1536, 2048, 4096, 7168)] == [row] * 4
-    assert [tile(inner) for inner in (768, 2880, 3072)] == [(2, 512, 2, 1)] * 3
-    assert tile(2048, 16, 4) == (1, 512, 4, 1)
-    # without LoRA the same bytes in one step
-    assert [tile(inner, 0) for inner in (768, 2048, 7168)] == [(2, 1024, 1, 1)] * 3
-    # so few rows that many programs would be none
-    assert [tile(inner, rank, 2, 1024) for inner, rank in ((300, 16), (2048, 0))] == [(8, 512, 1, 4), (8, 512, 2, 4)]
+
+@pytest.mark.parametrize(
+    ("rank", "inner", "chosen"),
+    [
+        # two short rows, one that is not
+        (0, 512, [(2, 512, 1, 1), (2, 512, 1, 1)]),
+        (16, 512, [(2, 512, 1, 1), (2, 512, 1, 1)]),
+        (0, 900, [(1, 1024, 1, 1), (2, 1024, 1, 1)]),
+        (16, 900, [(1, 1024, 1, 1), (2, 512, 2, 1)]),
+        (0, 2048, [(1, 2048, 1, 1), (2, 1024, 1, 1)]),
+        (16, 2048, [(1, 2048, 1, 1), (1, 2048, 1, 1)]),
+        # all of it at once, or in turns that it nearly fills
+        (0, 1440, [(1, 2048, 1, 1), (1, 2048, 1, 1)]),
+        (0, 2240, [(1, 1024, 4, 1), (1, 1024, 4, 1)]),
+        (16, 2240, [(1, 1024, 4, 1), (1, 1024, 4, 1)]),
+        (0, 2880, [(1, 1024, 4, 1), (2, 1024, 1, 1)]),
+        (16, 2880, [(1, 1024, 4, 1), (1, 1024, 4, 1)]),
+        (0, 4096, [(1, 2048, 1, 1), (2, 2048, 1, 4)]),
+        (16, 4096, [(1, 1024, 4, 1), (1, 1024, 4, 1)]),
+        (0, 5120, [(1, 4096, 1, 2), (2, 1024, 1, 1)]),
+        (16, 5120, [(1, 1024, 2, 1), (2, 512, 2, 1)]),
+        (0, 7168, [(1, 4096, 1, 2), (1, 2048, 1, 1)]),
+        (16, 7168, [(1, 1024, 2, 1), (1, 1024, 2, 1)]),
+    ],
+)
+def test_few_rows_and_many(rank: int, inner: int, chosen: list[tuple[int, ...]]) -> None:
+    assert [gate_up(inner, rank, rows) for rows in (768, 6144)] == chosen
+
+
+@pytest.mark.parametrize("rows", [768, 6144])
+def test_fp32_has_half_as_many_columns(rows: int) -> None:
+    assert [gate_up(2048, rank, rows, 4) for rank in (0, 16)] == [(1, 1024, 1, 1), (1, 512, 4, 1)]
 
 
 def test_no_second_round_of_few_rows() -> None:
-    def goes_by_rows(rows: int, inner: int) -> bool:
-        return gate_up_vector_config(rows, inner, 16, True, 2).block_n == 1
+    def rows_each(inner: int, rank: int, counts: tuple[int, ...]) -> list[int]:
+        return [gate_up(inner, rank, rows)[0] for rows in counts]
 
-    assert [goes_by_rows(rows, 2048) for rows in (1536, 3696, 4608, 6144)] == [True, True, False, True]
-    assert [goes_by_rows(rows, 4096) for rows in (1536, 2688, 3584)] == [False, False, True]
+    assert rows_each(2048, 16, (1536, 3696, 4608, 6144)) == [1, 1, 2, 1]
+    assert rows_each(1440, 0, (1536, 3696, 4608, 6144)) == [1, 1, 2, 1]
+    assert rows_each(7168, 16, (1536, 2048, 2560, 3584)) == [1, 2, 2, 1]
+    assert rows_each(5120, 0, (1056, 2048, 2304, 3584)) == [1, 1, 2, 2]
+    assert rows_each(7168, 0, (1056, 2048, 2304, 3584)) == [1, 1, 2, 1]
 
 
 def test_every_multiprocessor_has_as_many_programs() -> None:

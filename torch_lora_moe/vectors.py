@@ -11,10 +11,10 @@ from torch_lora_moe.config import MULTIPROCESSORS, power_of_two
 
 # Registers of a multiprocessor, of 32 bits.
 REGISTERS = 65536
-# Rows of gate_up's result, over all pairs, up to which larger programs are quicker.
+# Rows of gate_up's result, over all pairs, up to which those of at most 1024 columns are a program each.
 FEW_ROWS = 2560
-# Programs of a row each, all of it at once or in turns, that a multiprocessor has; and how far beyond those of all of
-# them is a second round of so few that the GPU is mostly idle in it.
+# Programs of a row each, all of it at once or in turns, that a multiprocessor has; and how many times as many leave a
+# second round of so few that the GPU is mostly idle in it.
 ROW_PROGRAMS, TURN_PROGRAMS, SHORT_ROUND = 28, 15, 1.4
 # Registers of a thread, down to which all programs of a down product are held on the GPU at once; what weights fetched
 # early make of them at most; and those that a compiler keeps to without being told.
@@ -40,24 +40,65 @@ def gate_up_vector_config(rows: int, inner: int, rank: int, rows_contiguous: boo
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
         return _columns_config(deep)
-    if rank and itemsize == 2 and _goes_row_by_row(rows, inner):
-        return VectorConfig(1, 2048, 1, 1)
-    # few programs are larger ones; else many small ones, with two steps of a long row in each turn beside LoRA
+    if itemsize > 2:
+        return VectorConfig(1, min(512, deep), _steps(inner), 1) if rank else VectorConfig(1, min(1024, deep), 1, 1)
+    if inner <= 1024:
+        return _short_rows_config(rows, inner, rank, deep)
+    return _config_beside_lora(rows, inner) if rank else _plain_config(rows, inner)
+
+
+def _steps(inner: int) -> int:
+    """Steps of 512 columns at once: those of a whole row, or two of a long one."""
     steps = -(-inner // 512)
-    if rows <= FEW_ROWS:
-        return VectorConfig(16 // itemsize, min(512, deep), min(2, steps), 4)
-    if rank == 0:
-        return VectorConfig(4 // itemsize, min(1024, deep), 1, 1)
-    return VectorConfig(4 // itemsize, min(512, deep), steps if steps <= 4 else 2, 1)
+    return steps if steps <= 4 else 2
 
 
-def _goes_row_by_row(rows: int, inner: int) -> bool:
-    """Whether LoRA's gate_up is quicker with a row for each program: at once, or in turns that are nearly full."""
-    turns = -(-inner // 2048)
-    if turns == 1:
-        rounds = rows / (MULTIPROCESSORS * ROW_PROGRAMS)
-        return inner > 1024 and not 1 < rounds <= SHORT_ROUND
-    return 2048 * turns <= 1.15 * inner and rows > SHORT_ROUND * MULTIPROCESSORS * TURN_PROGRAMS
+def _short_rows_config(rows: int, inner: int, rank: int, deep: int) -> VectorConfig:
+    """Of rows of at most 1024 elements."""
+    if rows <= FEW_ROWS and inner > 512:
+        return VectorConfig(1, 1024, 1, 1)
+    # two rows are as many bytes
+    if rows <= FEW_ROWS or rank == 0:
+        return VectorConfig(2, deep, 1, 1)
+    return VectorConfig(2, min(512, deep), _steps(inner), 1)
+
+
+def _config_beside_lora(rows: int, inner: int) -> VectorConfig:
+    """Of longer rows, one for each program where a round of them is not nearly empty."""
+    each = rows / MULTIPROCESSORS
+    if inner <= 2048:
+        return VectorConfig(2, 512, _steps(inner), 1) if _end_in_a_short_round(each) else VectorConfig(1, 2048, 1, 1)
+    if inner <= 4096:
+        return VectorConfig(1, 1024, 4, 1)
+    if each <= TURN_PROGRAMS or (each > 20 and _fills_turns(inner, 2048)):
+        return VectorConfig(1, 1024, 2, 1)
+    return VectorConfig(2, 1024, 1, 1) if each <= 20 else VectorConfig(2, 512, 2, 1)
+
+
+def _plain_config(rows: int, inner: int) -> VectorConfig:
+    """Of longer rows without LoRA: few are a program each; of many two share one, in turns that they nearly fill."""
+    each = rows / MULTIPROCESSORS
+    two, many = VectorConfig(2, 1024, 1, 1), each > ROW_PROGRAMS
+    if inner <= 2048:
+        share = many and (_fills_turns(inner, 1024) or _end_in_a_short_round(each))
+        return two if share else VectorConfig(1, 2048, 1, 1)
+    if inner <= 4096:
+        if _fills_turns(inner, 2048):
+            return VectorConfig(1, 2048, 1, 1) if each <= 8 else VectorConfig(2, 2048, 1, 4)
+        return two if many and _fills_turns(inner, 1024) else VectorConfig(1, 1024, 4, 1)
+    if each <= 8:
+        return VectorConfig(1, 4096, 1, 2)
+    return VectorConfig(1, 2048, 1, 1) if each <= 16 or (each > 22 and _fills_turns(inner, 2048)) else two
+
+
+def _end_in_a_short_round(each: float) -> bool:
+    """Whether of so many programs of a row for each multiprocessor only few are left for a second round."""
+    return 1 < each / ROW_PROGRAMS <= SHORT_ROUND
+
+
+def _fills_turns(inner: int, columns: int) -> bool:
+    """Whether turns of so many columns are nearly full."""
+    return columns * -(-inner // columns) <= 1.15 * inner
 
 
 def down_vector_config(inner: int, rank: int, rows_contiguous: bool, top_k: int) -> VectorConfig:
@@ -68,15 +109,16 @@ def down_vector_config(inner: int, rank: int, rows_contiguous: bool, top_k: int)
     if not rows_contiguous:
         return _columns_config(deep)
     if inner > 2048:
-        return VectorConfig(4, 512, 2, 2)
+        # beside LoRA of many experts larger programs
+        return VectorConfig(8, 256, 4, 4) if rank and top_k > 4 else VectorConfig(4, 512, 2, 2)
     if inner > 768 and top_k > 2:
         # all of an expert's rows at once
         rows = 2 if rank <= 32 else 4
         return VectorConfig(rows, 512, 4, rows)
     block_k = min(256, deep)
     steps = -(-inner // block_k)
-    # in turns of at most four
-    return VectorConfig(4, block_k, -(-steps // -(-steps // 4)), 2)
+    # in turns of at most four, five as three and two
+    return VectorConfig(4, block_k, 3 if steps == 5 else min(4, steps), 2)
 
 
 def _columns_config(deep: int) -> VectorConfig:

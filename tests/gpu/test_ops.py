@@ -154,7 +154,20 @@ def test_one_token_of_large_experts(hidden: int, inner: int, top_k: int, rank: i
     check_by_adapter(make_layer(1, top_k=top_k, rank=rank, hidden=hidden, inner=inner, dtype=dtype, odd_ids=False))
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(1000, 2600), (2100, 2600), (4100, 700)])
+@pytest.mark.parametrize(
+    ("hidden", "inner"),
+    [
+        (500, 300),
+        (1000, 300),
+        (1000, 2600),
+        (2100, 2600),
+        (2900, 300),
+        (4000, 1300),
+        (4100, 700),
+        (6100, 90),
+        (6100, 2000),
+    ],
+)
 @pytest.mark.parametrize(
     "adapted", [("gate_up", "down"), ("gate_up",), ("down",), ()], ids=lambda names: "_".join(names)
 )
@@ -169,7 +182,8 @@ def test_one_token_in_small_programs(hidden: int, inner: int, top_k: int, adapte
 
 # down products whose programs are all on the GPU at once, evenly spread, some with a bound on their registers
 @pytest.mark.parametrize(
-    ("hidden", "inner", "top_k"), [(2048, 768, 8), (4096, 1792, 2), (4096, 448, 6), (2880, 2880, 4), (1024, 512, 8)]
+    ("hidden", "inner", "top_k"),
+    [(2048, 768, 8), (4096, 1792, 2), (4096, 448, 6), (2880, 2880, 4), (1024, 512, 8), (7168, 256, 8), (5120, 200, 8)],
 )
 @pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -125,18 +125,33 @@ def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch
     check_layer(inputs, run(inputs))
 
 
-@pytest.mark.parametrize("how", [{"hidden_size": 1100, "bias": True}, {"hidden_size": 4000, "rank": 72}], ids=str)
-def test_few_tokens_row_by_row(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert's row for each program: all of it at once, and in turns with B behind them."""
+# a row at once and in turns, two of them; B before the turns and, of more ranks, behind them
+@pytest.mark.parametrize(
+    ("rows", "rank", "hidden_size", "blocks"),
+    [
+        *[(100, 16, 300, 12), (100, 16, 900, 24), (9999, 16, 1100, 24), (9999, 72, 4000, 24), (100, 16, 4200, 24)],
+        *[(2500, 16, 5000, 12), (9999, 16, 5000, 12), (9999, 72, 6100, 24)],
+        *[(9999, 0, 2200, 24), (9999, 0, 3900, 12), (100, 0, 4200, 24), (9999, 0, 5000, 12), (9999, 0, 6000, 24)],
+    ],
+)
+def test_few_tokens_row_by_row(
+    rows: int, rank: int, hidden_size: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert's rows, one or two for each program, as of so many ``rows`` over all experts."""
     layer._PLANS.clear()
-    monkeypatch.setattr(layer, "gate_up_vector_config", _as_of_many)
-    inputs = make_inputs(Case(1, intermediate_size=24, mapping=(1,), odd_ids=False, dtype=torch.float16, **how))
+    choose = vectors.gate_up_vector_config
+    monkeypatch.setattr(layer, "gate_up_vector_config", lambda _, *how: choose(rows, *how))
+    # the interpreter takes programs one by one
+    monkeypatch.setattr(layer, "down_vector_config", lambda *how: vectors.VectorConfig(512, 16, 1, 4))
+    how: dict[str, Any] = {"rank": rank} if rank else {"adapted": ()}
+    how |= {"hidden_size": hidden_size, "intermediate_size": 24, "bias": hidden_size % 200 == 0}
+    inputs = make_inputs(Case(1, mapping=(1,), odd_ids=False, dtype=torch.float16, **how))
     # behind the end of each row there is nothing to be read
-    wide = torch.full((*inputs.w13.shape[:2], inputs.w13.shape[2] + 100), NAN, dtype=torch.float16)
+    wide = torch.full((*inputs.w13.shape[:2], hidden_size + 100), NAN, dtype=torch.float16)
     inputs.w13 = wide[:, :, :-100].copy_(inputs.w13)
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    assert plan.gate_up.grid[1] == 24
+    assert plan.gate_up.grid[1] == blocks
 
 
 def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
