@@ -38,7 +38,7 @@ class Kernel:
             run=lambda *arguments: self.tritons.append(arguments),
         )
         dimensions = {i: 2 for i, kind in enumerate(types) if kind.startswith("tensordesc")}
-        self.told = driver.parameters(list(types), dimensions)
+        self.told = driver.parameter_bytes(list(types), dimensions)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def launch(*arguments: Any, **options: Any) -> Any:

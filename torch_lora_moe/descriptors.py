@@ -55,17 +55,23 @@ class TensorMaps:
     """The driver's tensor maps of all matrices of one shape, made as Triton makes them and kept by their address."""
 
     def __init__(
-        self, encode: Callable[..., int], tensor: Tensor, block: Sequence[int], swizzle: int, box: Sequence[int]
+        self,
+        encode: Callable[..., int],
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        swizzle: int,
+        box: Sequence[int],
     ) -> None:
-        """As for `tensor_maps`."""
-        whole, rank, size = descriptor(tensor, None, block), len(block), tensor.element_size()
-        self.encode, self.kind, self.shape, self.strides = encode, _DATA_TYPES[tensor.dtype], whole.shape, whole.strides
+        """As for `shaped_maps`."""
+        rank, size = len(shape), dtype.itemsize
+        self.encode, self.kind, self.shape, self.strides = encode, _DATA_TYPES[dtype], shape, strides
         # innermost first
-        dimensions = (ctypes.c_uint64 * rank)(*reversed(whole.shape))
-        strides = (ctypes.c_uint64 * (rank - 1))(*(size * stride for stride in reversed(whole.strides[:-1])))
-        boxes, steps = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank)
+        dimensions = (ctypes.c_uint64 * rank)(*reversed(shape))
+        steps = (ctypes.c_uint64 * (rank - 1))(*(size * stride for stride in reversed(strides[:-1])))
+        boxes, ones = (ctypes.c_uint32 * rank)(*reversed(box)), (ctypes.c_uint32 * rank)(*[1] * rank)
         how = (_NOT_INTERLEAVED, swizzle, _L2_LINES_OF_128_BYTES, _ZEROS_OUTSIDE)
-        self.rest = (dimensions, strides, boxes, steps, *how)
+        self.rest = (dimensions, steps, boxes, ones, *how)
         self.kept: dict[int, tuple[int, Any]] = {}
 
     def __call__(self, pointer: int) -> tuple[int, Any]:
@@ -95,21 +101,35 @@ class TensorMaps:
 _SHARED: WeakValueDictionary[Any, TensorMaps] = WeakValueDictionary()
 
 
-def tensor_maps(
-    encode: Callable[..., int], tensor: Tensor, block: Sequence[int], swizzle: int, box: Sequence[int]
+def shaped_maps(
+    encode: Callable[..., int],
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    swizzle: int,
+    box: Sequence[int],
 ) -> TensorMaps:
-    """The maps of all matrices that are like ``tensor``, the same ones at every call.
+    """The maps of all matrices of a shape, the same ones at every call.
 
     Args:
         encode: cuTensorMapEncodeTiled.
-        tensor: as for `descriptor`.
-        block: as for `descriptor`.
+        dtype: of their elements.
+        shape: theirs, the innermost dimension last.
+        strides: elements from one to the next in each dimension, 1 in the last.
         swizzle: how a block stands in shared memory, as cuda.h numbers it and the kernel was compiled for.
-        box: what is copied at once, the same.
+        box: what is copied at once, in each dimension.
     """
     # functions of a library cannot be hashed; the maps hold theirs
-    key = (id(encode), tensor.dtype, tensor.shape, tensor.stride(), tuple(block), swizzle, tuple(box))
+    key = (id(encode), dtype, tuple(shape), tuple(strides), swizzle, tuple(box))
     maps = _SHARED.get(key)
     if maps is None:
-        maps = _SHARED[key] = TensorMaps(encode, tensor, block, swizzle, box)
+        maps = _SHARED[key] = TensorMaps(encode, dtype, shape, strides, swizzle, box)
     return maps
+
+
+def tensor_maps(
+    encode: Callable[..., int], tensor: Tensor, block: Sequence[int], swizzle: int, box: Sequence[int]
+) -> TensorMaps:
+    """`shaped_maps` of what `descriptor` makes of ``tensor`` and ``block``."""
+    whole = descriptor(tensor, None, block)
+    return shaped_maps(encode, tensor.dtype, whole.shape, whole.strides, swizzle, box)

@@ -60,7 +60,7 @@ def cuda() -> Any:
     return library if hasattr(library, "cuFuncGetParamInfo") else None
 
 
-def parameters(signature: Sequence[str], dimensions: Mapping[int, int]) -> list[int]:
+def parameter_bytes(signature: Sequence[str], dimensions: Mapping[int, int]) -> list[int]:
     """Bytes of each parameter of a compiled kernel; none if there is a type that no launch here has.
 
     Args:
@@ -94,7 +94,7 @@ def _told_parameters(driver: Any, function: int, most: int) -> list[int]:
     return sizes
 
 
-def _check(driver: Any, call: str, result: int) -> None:
+def check(driver: Any, call: str, result: int) -> None:
     """Raises RuntimeError if a call of the driver failed."""
     if result:
         name = ctypes.c_char_p()
@@ -102,12 +102,17 @@ def _check(driver: Any, call: str, result: int) -> None:
         raise RuntimeError(f"{call} failed with CUDA error {result} ({(name.value or b'unknown').decode()})")
 
 
-def _make_context_current(driver: Any) -> None:
+def make_context_current(driver: Any) -> None:
     """Gives this thread torch's context of the current device: a thread has none before it needs one."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
-    _check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
-    _check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+    check(driver, "cuDeviceGet", driver.cuDeviceGet(ctypes.byref(device), torch._C._cuda_getDevice()))
+    check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    check(driver, "cuCtxSetCurrent", driver.cuCtxSetCurrent(context))
+
+
+# Of a kernel, in order: where an address will stand, a number as it is packed, or the maps of a matrix and where its
+# address will stand.
+Parameter = int | bytes | tuple[TensorMaps, int]
 
 
 class WrittenLaunch:
@@ -116,57 +121,50 @@ class WrittenLaunch:
     def __init__(
         self,
         driver: Any,
-        compiled: Any,
+        function: int,
         grid: tuple[int, int, int],
-        places: Sequence[int],
-        sizes: tuple[float, ...],
-        maps: Mapping[int, TensorMaps],
+        threads: int,
+        shared_memory: int,
+        overlaps: bool,
+        parameters: Sequence[Parameter],
+        code: Any,
     ) -> None:
-        """``places``: where the address of each tensor, the first arguments, stands; ``sizes``: the next arguments."""
-        # compiled: what holds the kernel's code
-        self.launch, self.driver, self.compiled = driver.cuLaunchKernelEx, driver, compiled
+        """Writes a launch.
+
+        Args:
+            driver: the CUDA driver.
+            function: its handle of the kernel.
+            grid: programs in three dimensions.
+            threads: of a program.
+            shared_memory: bytes of a program.
+            overlaps: whether it may start before the kernel before it has ended.
+            parameters: all of the kernel's.
+            code: what holds the kernel's code, kept as long as this launch.
+        """
+        self.launch, self.driver, self.code = driver.cuLaunchKernelEx, driver, code
         # the maps of an argument, its parameter, and its tensor's place
         self.maps: list[tuple[TensorMaps, int, Any]] = []
-        written = self._parameters(list(compiled.src.signature.values()), places, sizes, maps)
-        self.parameters = (ctypes.c_void_p * len(written))(*written)
-        self.used_maps: list[Any] = [None] * len(self.maps)
-        metadata = compiled.metadata
-        attributes = (ctypes.addressof(_OVERLAPS), 1) if metadata.launch_pdl else (None, 0)
-        self.config = _Config(grid, (32 * metadata.num_warps, 1, 1), metadata.shared, None, *attributes)
-        self.arguments = (ctypes.byref(self.config), ctypes.c_void_p(compiled.function), self.parameters, None)
-
-    def _parameters(
-        self,
-        signature: Sequence[str],
-        places: Sequence[int],
-        sizes: tuple[float, ...],
-        maps: Mapping[int, TensorMaps],
-    ) -> list[int]:
-        """Where each parameter stands, 0 for a map: that is not known before a launch."""
         written: list[int | None] = []
         numbers: list[bytes] = []
-        for index, kind in enumerate(signature):
-            packed: list[bytes] = []
-            if index in maps:
-                self.maps.append((maps[index], len(written), ctypes.c_uint64.from_address(places[index])))
+        for number, parameter in enumerate(parameters):
+            if isinstance(parameter, bytes):
+                # one behind the other, each from a multiple of 8 bytes on
+                numbers.append(parameter.ljust(8, b"\0"))
+                written.append(None)
+            elif isinstance(parameter, tuple):
+                # where a map stands is not known before a launch
+                self.maps.append((parameter[0], number, ctypes.c_uint64.from_address(parameter[1])))
                 written.append(0)
-                packed = [struct.pack("i", size) for size in maps[index].shape]
-                packed += [struct.pack("q", stride) for stride in maps[index].strides]
-            elif kind[0] == "*":
-                written.append(places[index])
-            elif kind != "constexpr":
-                packed = [struct.pack(_PACKED[kind], sizes[index - len(places)])]
-            numbers += packed
-            written += [None] * len(packed)
-        # no memory of Triton's
-        numbers += [bytes(8)] * 2
-        written += [None] * 2
-        # one behind the other, each from a multiple of 8 bytes on
-        self.numbers = (ctypes.c_uint64 * len(numbers)).from_buffer_copy(
-            b"".join(one.ljust(8, b"\0") for one in numbers)
-        )
+            else:
+                written.append(parameter)
+        self.numbers = (ctypes.c_uint64 * len(numbers)).from_buffer_copy(b"".join(numbers))
         standing = itertools.count(ctypes.addressof(self.numbers), 8)
-        return [next(standing) if place is None else place for place in written]
+        places = [next(standing) if place is None else place for place in written]
+        self.parameters = (ctypes.c_void_p * len(places))(*places)
+        self.used_maps: list[Any] = [None] * len(self.maps)
+        attributes = (ctypes.addressof(_OVERLAPS), 1) if overlaps else (None, 0)
+        self.config = _Config(grid, (threads, 1, 1), shared_memory, None, *attributes)
+        self.arguments = (ctypes.byref(self.config), ctypes.c_void_p(function), self.parameters, None)
 
     def __call__(self, stream: int) -> None:
         """Launches on ``stream``; when it returns, the driver has read what is written."""
@@ -177,9 +175,27 @@ class WrittenLaunch:
         result = self.launch(*self.arguments)
         if result:
             if result == _INVALID_CONTEXT:
-                _make_context_current(self.driver)
+                make_context_current(self.driver)
                 result = self.launch(*self.arguments)
-            _check(self.driver, "cuLaunchKernelEx", result)
+            check(self.driver, "cuLaunchKernelEx", result)
+
+
+def _tritons_parameters(
+    signature: Sequence[str], places: Sequence[int], sizes: tuple[float, ...], maps: Mapping[int, TensorMaps]
+) -> list[Parameter]:
+    """All parameters of a kernel of Triton's; ``places``: of the first arguments, tensors; ``sizes``: the next ones."""
+    written: list[Parameter] = []
+    for index, kind in enumerate(signature):
+        if index in maps:
+            written.append((maps[index], places[index]))
+            written += [struct.pack("i", size) for size in maps[index].shape]
+            written += [struct.pack("q", stride) for stride in maps[index].strides]
+        elif kind[0] == "*":
+            written.append(places[index])
+        elif kind != "constexpr":
+            written.append(struct.pack(_PACKED[kind], sizes[index - len(places)]))
+    # no memory of Triton's
+    return [*written, bytes(8), bytes(8)]
 
 
 def _is_plain(metadata: Any, num_matrices: int) -> bool:
@@ -215,11 +231,14 @@ def written_launch(
         return None
     noted = compiled.metadata.tensordesc_meta
     dimensions = {index: len(block) for index, block in matrices.items()}
-    expected = parameters(list(compiled.src.signature.values()), dimensions)
+    expected = parameter_bytes(list(compiled.src.signature.values()), dimensions)
     if not expected or expected != _told_parameters(driver, compiled.function, len(expected)):
         return None
     maps = {}
     for one, index in zip(noted or (), sorted(matrices), strict=True):
         how = (matrices[index], one["swizzle"], one["block_size"])
         maps[index] = tensor_maps(driver.cuTensorMapEncodeTiled, tensors[index], *how)
-    return WrittenLaunch(driver, compiled, grid, places, sizes, maps)
+    metadata, signature = compiled.metadata, list(compiled.src.signature.values())
+    parameters, threads = _tritons_parameters(signature, places, sizes, maps), 32 * metadata.num_warps
+    memory, overlaps = metadata.shared, metadata.launch_pdl
+    return WrittenLaunch(driver, compiled.function, grid, threads, memory, overlaps, parameters, compiled)

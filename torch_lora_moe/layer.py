@@ -6,6 +6,7 @@ More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
 ended, and waits for it where it first reads what that one writes. Long products go in two launches (``split``):
 gate_up, gate_up, shrink, down; or with runs gate_up, gate_up, shrink, down, shrink, down, each on tiles of its own.
+Where experts have many pairs each, on a Hopper, the two products are those of ``hopper``, in one launch each.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_lora_moe import checks, routing, split
+from torch_lora_moe import checks, hopper, routing, split
 from torch_lora_moe.checks import NUM_TENSORS, FusedArguments, like
 from torch_lora_moe.config import (
     LaunchConfig,
@@ -136,6 +137,11 @@ class TilePlan(LayerSteps):
             self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, self.has_runs)
         planes = 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes
         down_planes = 1 if call.down_a is None else _shrink_choice(call, call.down_a, self.has_runs)[1]
+        early = (self.gate_up_shrink is not None, call.down_a is not None)
+        tall_gate_up = hopper.Product(call, x, call.w13, call.gate_up_b, call.w13_bias, False, early[0])
+        tall_down = hopper.Product(call, h, call.w2, call.down_b, call.w2_bias, True, early[1])
+        self.tall_gate_up = self._tall(tall_gate_up, planes, pdl)
+        self.tall_down = self._tall(tall_down, down_planes, pdl)
         first = self._product(call.w13, call.gate_up_b, self.inner, planes, pdl)
         second = self._product(call.w2, call.down_b, self.hidden, down_planes, pdl)
         gate_up_tile, down_tile = self._gate_up_config(call, first), self._down_config(call, second)
@@ -144,7 +150,8 @@ class TilePlan(LayerSteps):
         self.splits_down = self.has_runs and call.down_a is not None
         gate_up_rounds = split.rounds(first, gate_up_tile, call.num_slices, self.used)
         down_rounds = split.rounds(second, down_tile, 1, self.used) if self.splits_down else None
-        self.first_tiles = split.first_tiles(pdl, gate_up_tile, self.used, gate_up_rounds, down_rounds)
+        splits = pdl and self.tall_gate_up is None and self.tall_down is None
+        self.first_tiles = split.first_tiles(splits, gate_up_tile, self.used, gate_up_rounds, down_rounds)
         if call.down_a is not None:
             how = {"first_tiles": self.first_tiles, "share": self.first_tiles / self.used}
             self.down_shrink = _Shrink(call, h, call.down_a, self.has_runs, early=True, in_order=self.in_order, **how)
@@ -154,6 +161,13 @@ class TilePlan(LayerSteps):
         constants = {"TOP_K": self.top_k, "SIZE": self.hidden, "BLOCK": block, "PDL": pdl}
         grid = (num_tokens, -(-self.hidden // block), 1)
         self.sum = Plan(down.sum_pairs, grid, constants, (4, 1), pdl, aligned=3)
+
+    def _tall(self, product: hopper.Product, planes: int, pdl: bool) -> hopper.ProductPlan | None:
+        """The launch of a product of experts with many sorted pairs, None where it goes in tiles of this module."""
+        many = self.rows == routing.MOST_TILE_ROWS and self.in_order and planes == 1
+        if not (many and pdl and hopper.available(product.x.device) and hopper.takes(product)):
+            return None
+        return hopper.ProductPlan(product, self.num_experts + self.num_pairs // hopper.MOST)
 
     def _streamed(self, config: TileConfig, b: Tensor | None, slices: int, tma: bool) -> int:
         """Runs on their way at once where LoRA streams, else 0."""
@@ -302,18 +316,27 @@ class TilePlan(LayerSteps):
         if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
             shrunk, b = self.gate_up_shrink(run, call, x, call.gate_up_a, schedule), call.gate_up_b
         bias = call.w13 if call.w13_bias is None else call.w13_bias
-        sizes = (self.num_pairs, self.top_k, self.num_experts, call.swiglu_alpha, call.swiglu_limit)
-        for launch, *tiles in self.gate_up:
-            run(launch, (x, call.w13, bias, h, shrunk, b, schedule, b), *sizes, *tiles)
+        activation = (call.swiglu_alpha, call.swiglu_limit)
+        if self.tall_gate_up is not None:
+            tensors = (x, call.w13, h, shrunk, b, bias, call.topk_weights, schedule)
+            run(self.tall_gate_up, tensors, self.num_pairs, *activation)
+        else:
+            sizes = (self.num_pairs, self.top_k, self.num_experts, *activation)
+            for launch, *tiles in self.gate_up:
+                run(launch, (x, call.w13, bias, h, shrunk, b, schedule, b), *sizes, *tiles)
         shrunk, b = h, call.w2
         if self.down_shrink is not None and call.down_a is not None and call.down_b is not None:
             shrunk, b = self.down_shrink(run, call, h, call.down_a, schedule), call.down_b
         bias = call.w2 if call.w2_bias is None else call.w2_bias
-        tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h, b)
-        for part, (launch, *tiles) in enumerate(self.down):
-            if part and self.down_shrink is not None and call.down_a is not None:
-                self.down_shrink.launch(run, call, h, call.down_a, schedule, shrunk, part)
-            run(launch, tensors, self.num_pairs, self.num_experts, *tiles)
+        if self.tall_down is not None:
+            tensors = (h, call.w2, y, shrunk, b, bias, call.topk_weights, schedule)
+            run(self.tall_down, tensors, self.num_pairs, *activation)
+        else:
+            tensors = (h, call.w2, bias, y, shrunk, b, schedule, call.topk_weights, h, b)  # type: ignore[assignment]
+            for part, (launch, *tiles) in enumerate(self.down):
+                if part and self.down_shrink is not None and call.down_a is not None:
+                    self.down_shrink.launch(run, call, h, call.down_a, schedule, shrunk, part)
+                run(launch, tensors, self.num_pairs, self.num_experts, *tiles)
         run(self.sum, (y, ids, out), call.routed_scaling_factor, self.num_experts)
 
 
@@ -440,8 +463,8 @@ _PLANS = new_plans()
 def fused_experts(*args: object, **kwargs: object) -> Tensor:
     """The whole layer with LoRA on both projections."""
     call = FusedArguments(*args, **kwargs)  # type: ignore[arg-type]
-    # what does not start at a multiple of 16 bytes cannot come through the copy engine
-    copied = [w for w in (call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
+    # what does not start at a multiple of 16 bytes cannot come through the copy engine, nor in copies of 16 bytes
+    copied = [w for w in (call.hidden_states, call.w13, call.w2, call.gate_up_b, call.down_b) if w is not None]
     key = (misalignment(*copied), *map(like, call[:NUM_TENSORS]), *call[NUM_TENSORS:])  # type: ignore[arg-type]
     plan = _PLANS.get(key)
     if plan is None:

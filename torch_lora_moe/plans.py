@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from torch_lora_moe.config import has_dependent_launch
 from torch_lora_moe.descriptors import Address, descriptor
+from torch_lora_moe.driver import WrittenLaunch, written_launch
 
 # Plans kept for one op; batches of many sizes must not fill the memory.
 MAX_PLANS = 4096
@@ -81,6 +82,12 @@ class Plan:
             *sizes,
             *self.constants,
         )
+
+    def written(
+        self, tensors: Sequence[Tensor], places: Sequence[int], sizes: tuple[float, ...]
+    ) -> WrittenLaunch | None:
+        """The launch through the driver, None where that is left to Triton; see `driver.written_launch`."""
+        return written_launch(self.compiled, self.grid, tensors, places, sizes, self.matrices)
 
     def _descriptor(self, index: int, tensor: Tensor, pointer: int) -> SimpleNamespace:
         """The descriptor of an argument, the one of the launch before where it stands at the same address."""

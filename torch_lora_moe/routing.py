@@ -38,8 +38,9 @@ NUM_SCHEDULE_ROWS = 9
 # Runs of a virtual expert are cut at multiples of this, so that one of them cannot hold up the rest.
 RUN_ROWS = 256
 
-# By the height of a tile, twice the rows that an average expert may have.
+# By the height of a tile, twice the rows that an average expert may have; the tallest tile has no bound.
 MOST_ROWS = {16: 23, 32: 56, 64: 120}
+MOST_TILE_ROWS = 128
 
 # Up to this many pairs a GPU may give each pair a program of its own, and LoRA needs no schedule.
 UNSORTED_PAIRS = 1024
@@ -60,7 +61,7 @@ def expert_tile_rows(num_pairs: int, num_experts: int) -> int:
     agree on it without being told.
     """
     rows = 16
-    while rows < 128 and 2 * num_pairs > MOST_ROWS[rows] * num_experts:
+    while rows < MOST_TILE_ROWS and 2 * num_pairs > MOST_ROWS[rows] * num_experts:
         rows *= 2
     return rows
 

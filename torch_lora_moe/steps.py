@@ -12,16 +12,36 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from torch_lora_moe.driver import WrittenLaunch, written_launch
-from torch_lora_moe.plans import Plan, profiled
+from torch_lora_moe.driver import WrittenLaunch
+from torch_lora_moe.plans import profiled
 
 # Where tensors start, as memory comes from torch's allocator at least.
 ALIGNMENT = 256
+
+
+class Launch(Protocol):
+    """What a `Run` is given to launch: a `plans.Plan`, or what else knows its kernel."""
+
+    @property
+    def compiled(self) -> Any:
+        """The kernel, None before a first launch that compiles it."""
+
+    @property
+    def aligned(self) -> int:
+        """How many of its first tensors must be at multiples of 16 bytes."""
+
+    def __call__(self, tensors: tuple[Tensor, ...], *sizes: float) -> None:
+        """Launches on the current stream."""
+
+    def written(
+        self, tensors: Sequence[Tensor], places: Sequence[int], sizes: tuple[float, ...]
+    ) -> WrittenLaunch | None:
+        """The launch through the driver, None where it cannot be one."""
 
 
 class Run:
@@ -31,7 +51,7 @@ class Run:
         self.given = given
         self.result: Tensor | None = None
         self.between: list[Tensor] = []
-        self.launches: list[tuple[Plan, tuple[Tensor, ...], tuple[float, ...]]] = []
+        self.launches: list[tuple[Launch, tuple[Tensor, ...], tuple[float, ...]]] = []
 
     def new_result(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
         """Memory for what the call returns."""
@@ -48,7 +68,7 @@ class Run:
         """All of them: the arguments, the result, and the memory between launches."""
         return [*self.given, self.result, *self.between]
 
-    def __call__(self, plan: Plan, tensors: tuple[Tensor, ...], *sizes: float) -> None:
+    def __call__(self, plan: Launch, tensors: tuple[Tensor, ...], *sizes: float) -> None:
         """Launches; the tensors are the call's arguments, or from `new_result` or `new`."""
         plan(tensors, *sizes)
         self.launches.append((plan, tensors, sizes))
@@ -71,10 +91,10 @@ class _Written:
         self.launches: list[WrittenLaunch] = []
         self.lock = threading.Lock()
 
-    def add(self, plan: Plan, tensors: tuple[Tensor, ...], slots: list[int], sizes: tuple[float, ...]) -> bool:
+    def add(self, plan: Launch, tensors: tuple[Tensor, ...], slots: list[int], sizes: tuple[float, ...]) -> bool:
         """Adds a launch if the driver can make it; ``slots``: where in the table its tensors stand."""
         places = [ctypes.addressof(self.addresses) + 8 * slot for slot in slots]
-        launch = written_launch(plan.compiled, plan.grid, tensors, places, sizes, plan.matrices)
+        launch = plan.written(tensors, places, sizes)
         if launch is None:
             return False
         self.aligned |= {slot for slot in slots[: plan.aligned] if slot < self.num_given}

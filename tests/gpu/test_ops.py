@@ -19,6 +19,7 @@ from torch_lora_moe import (
     build_lora_hooks,
     config,
     fused_experts,
+    hopper,
     launch,
     layer,
     reference,
@@ -44,6 +45,15 @@ def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """Runs a test on both LoRA paths, whatever the batch."""
     with taken(monkeypatch, request.param, True):
         yield request.param
+
+
+@pytest.fixture
+def in_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs a test on the kernels in Triton, whatever the batch."""
+    monkeypatch.setattr(hopper, "available", lambda device: False)
+    layer._PLANS.clear()
+    yield
+    layer._PLANS.clear()
 
 
 @contextlib.contextmanager
@@ -110,9 +120,9 @@ def test_tiles_of_every_height(tokens: int, rank: int, dtype: torch.dtype, sizes
 @pytest.mark.parametrize("rank", [8, 12, 16, 24, 32, 48, 64])
 @pytest.mark.parametrize(("tokens", "slots"), [(600, 3), (3000, 8), (3000, 1)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("in_triton")
 def test_tallest_tiles(tokens: int, slots: int, rank: int, dtype: torch.dtype) -> None:
     """LoRA in a small part of the product, so that tiles stay tall."""
-    layer._PLANS.clear()
     check_by_adapter(make_layer(tokens, slots=slots, rank=rank, hidden=1544, inner=1096, dtype=dtype))
     (plan,) = layer._PLANS.values()
     for product in (plan.gate_up[0].plan, plan.down[0].plan):
@@ -202,9 +212,9 @@ def test_few_tokens_of_large_experts(tokens: int, top_k: int, rank: int, inner: 
 @pytest.mark.parametrize("rank", [60, 64])
 @pytest.mark.parametrize("slots", [24, 64])
 @pytest.mark.parametrize("tokens", [200, 1000, 3000])
+@pytest.mark.usefixtures("in_triton")
 def test_tiles_in_parts(tokens: int, slots: int, rank: int) -> None:
     """Where LoRA is most of the work, several programs share the rows of a tile, unless it streams."""
-    layer._PLANS.clear()
     check_by_adapter(make_layer(tokens, slots=slots, rank=rank, hidden=264, inner=136))
     (plan,) = layer._PLANS.values()
     # hardly two of 800 pairs share one of 1,024 virtual experts

@@ -13,7 +13,7 @@ import torch
 from layers import Layer, make_layer
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, fused_experts, layer, split
+from torch_lora_moe import MoELoRA, config, fused_experts, hopper, layer, split
 
 pytestmark = pytest.mark.skipif(
     not config.has_dependent_launch(torch.device("cuda")), reason="each kernel starts when the one before has ended"
@@ -62,12 +62,8 @@ def test_replays_of_changing_batches(
     tokens: int, slots: int, rank: int, sizes: dict[str, int], which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = make_layer(tokens, slots=slots, rank=rank, **sizes)
-    lora, batches = adapted(weights.lora, which), [batch(weights, seed) for seed in range(5)]
-
-    def call() -> Tensor:
-        mapping = None if lora is None else weights.mapping
-        return fused_experts(weights.x, weights.w13, weights.w2, weights.weights, weights.ids, lora, mapping)
-
+    call, batches = caller(weights, which), [batch(weights, seed) for seed in range(5)]
+    monkeypatch.setattr(hopper, "available", lambda device: False)
     layer._PLANS.clear()
     with monkeypatch.context() as one_launch:
         one_launch.setattr(split, "first_tiles", lambda *sizes: 0)
@@ -83,6 +79,41 @@ def test_replays_of_changing_batches(
         for tensors, wanted in zip(batches, expected, strict=True):
             load(weights, tensors)
             assert torch.equal(replay(), wanted)
+    layer._PLANS.clear()
+
+
+@pytest.mark.skipif(not hopper.available(torch.device("cuda", 0)), reason="kernels of compute capability 9.0")
+@pytest.mark.parametrize(
+    ("tokens", "rank", "sizes", "which"),
+    [
+        (1000, 24, QWEN3, "both"),
+        (4000, 16, QWEN3, "both"),
+        (4000, 16, QWEN3, "gate_up"),
+        (2000, 64, SMALL, "down"),
+        (2000, 16, SMALL, "none"),
+    ],
+)
+def test_replays_of_changing_large_batches(tokens: int, rank: int, sizes: dict[str, int], which: str) -> None:
+    weights = make_layer(tokens, slots=5, rank=rank, **sizes)
+    call, batches = caller(weights, which), [batch(weights, seed) for seed in range(5)]
+    expected = []
+    for tensors in batches:
+        load(weights, tensors)
+        expected.append(call())
+        # nothing overlaps where the GPU has come to rest
+        torch.cuda.synchronize()
+    replay = captured(call)
+    for _ in range(10):
+        for tensors, wanted in zip(batches, expected, strict=True):
+            load(weights, tensors)
+            assert torch.equal(replay(), wanted)
+
+
+def caller(weights: Layer, which: str) -> Callable[[], Tensor]:
+    """A call of the layer with the adapters of some projections."""
+    lora = adapted(weights.lora, which)
+    mapping = None if lora is None else weights.mapping
+    return lambda: fused_experts(weights.x, weights.w13, weights.w2, weights.weights, weights.ids, lora, mapping)
 
 
 def batch(weights: Layer, seed: int) -> tuple[Tensor, ...]:
