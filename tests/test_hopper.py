@@ -54,7 +54,7 @@ EXAMPLES = {
     "gate_up_f16": Example(EVEN, inner=192, columns=128, rank=8, dtype=torch.float16, activation="gelu_tanh"),
     "not_gated": Example(FEW, rank=72, is_gated=False, activation="relu2", columns=328, bias=torch.bfloat16),
     "no_lora": Example(FEW, rank=0, activation="gelu", early=False, columns=64),
-    "down": Example(FEW, is_down=True, columns=264, bias=torch.bfloat16, weights=torch.bfloat16),
+    "down": Example(FEW, is_down=True, columns=264, bias=torch.bfloat16, weights=torch.bfloat16, interleaved=True),
     "down_shared": Example(EVEN, is_down=True, rank=96, shared=True, dtype=torch.float16, columns=256, inner=128),
     # more runs in a tile than a warp has lanes
     "down_many_slots": Example(((5, *([1, 2] * 30)), (0, *([3] * 60))), is_down=True, rank=16, columns=120),

@@ -21,9 +21,9 @@ from torch_lora_moe.checks import ACTIVATIONS, FusedArguments
 from torch_lora_moe.config import power_of_two, shared_memory
 from torch_lora_moe.descriptors import TensorMaps, shaped_maps
 from torch_lora_moe.driver import Parameter, WrittenLaunch, cuda
-from torch_lora_moe.nvrtc import CudaKernel, cuda_kernel, nvrtc
+from torch_lora_moe.nvrtc import CudaKernel, cuda_kernel, version
 
-ARCHITECTURE = "sm_90a"
+ARCHITECTURE, OLDEST_COMPILER = "sm_90a", (12, 9)
 # As in tiles.cuh: stages, summed columns of one, weight rows of a copy, and most pairs of a tile.
 STAGES, DEPTH, TALL, MOST = 4, 64, 128, 144
 THREADS = 384
@@ -35,10 +35,13 @@ _SWIZZLES = {32: 1, 64: 2, 128: 3}
 
 @functools.cache
 def available(device: torch.device) -> bool:
-    """Whether a device can run these kernels, and the driver and the compiler they need are there."""
+    """Whether a device can run these kernels, and the driver and the compiler they need are there.
+
+    Compilers before `OLDEST_COMPILER` let no product of these kernels run beside another.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return cuda() is not None and nvrtc() is not None
+    return cuda() is not None and version() >= OLDEST_COMPILER
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def constants(product: Product) -> dict[str, int | str]:
         "SHARED_BYTES": shared_bytes(num_experts),
         "IS_GATED": int(product.is_gated),
         "IS_DOWN": int(product.is_down),
-        "INTERLEAVED": int(call.interleaved),
+        "INTERLEAVED": int(call.interleaved and product.is_gated),
         "HAS_BIAS": int(product.bias is not None),
         "BIAS_KIND": 0 if product.bias is None else KINDS[product.bias.dtype],
         "WEIGHTS_KIND": KINDS[call.topk_weights.dtype],

@@ -37,6 +37,16 @@ def nvrtc() -> Any:
         return None
 
 
+@functools.cache
+def version() -> tuple[int, int]:
+    """The compiler's, (0, 0) where there is none."""
+    if nvrtc() is None:
+        return 0, 0
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(nvrtc(), nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
 def compile_cuda(source: str, architecture: str) -> bytes:
     """Machine code of CUDA C++ for GPUs of an ``architecture`` such as ``sm_90a``.
 
@@ -70,9 +80,7 @@ def _check(library: Any, result: int) -> None:
 
 def _kept_code(source: str, architecture: str) -> bytes:
     """As `compile_cuda`, from Triton's cache folder where it is there."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _check(nvrtc(), nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
-    what = f"{source}\n{architecture} {major.value}.{minor.value} {triton.__version__}"
+    what = f"{source}\n{architecture} {version()} {triton.__version__}"
     cache, name = get_cache_manager(hashlib.sha256(what.encode()).hexdigest()), "torch_lora_moe.cubin"
     path = cache.get_file(name)
     if path is not None:
