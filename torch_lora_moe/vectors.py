@@ -65,7 +65,7 @@ def _short_rows_config(rows: int, inner: int, rank: int, deep: int) -> VectorCon
 
 def _config_beside_lora(rows: int, inner: int) -> VectorConfig:
     """Of longer rows, one for each program where a round of them is not nearly empty."""
-    # those of a multiprocessor; its bounds are where measured times cross
+    # rows to a multiprocessor; the bounds on them are where measured times cross
     each = rows / MULTIPROCESSORS
     if inner <= 2048:
         return VectorConfig(2, 512, _steps(inner), 1) if _end_in_a_short_round(each) else VectorConfig(1, 2048, 1, 1)
@@ -78,7 +78,7 @@ def _config_beside_lora(rows: int, inner: int) -> VectorConfig:
 
 def _plain_config(rows: int, inner: int) -> VectorConfig:
     """Of longer rows without LoRA: few are a program each; of many two share one, in turns that they nearly fill."""
-    # as above
+    # rows to a multiprocessor, as for LoRA
     each = rows / MULTIPROCESSORS
     two, many = VectorConfig(2, 1024, 1, 1), each > ROW_PROGRAMS
     if inner <= 2048:
