@@ -169,6 +169,7 @@ def test_both_products_of_a_layer(lora: bool, biased: bool, order: list[str]) ->
         ("few pairs of each expert", layer_call(tokens=100)),
         ("rank vectors in planes", layer_call(tokens=300, experts=2, hidden=1032)),
         ("fp32", REFUSED["fp32"]),
+        ("ahead-of-time packages", layer_call()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -177,6 +178,8 @@ def test_layers_that_stay_in_triton(
 ) -> None:
     if name == "rank vectors in planes":
         monkeypatch.setattr(layer, "layer_shrink_config", lambda *sizes: (layer.LaunchConfig(64, 16, 64, 4, 3), 2, 1))
+    if name == "ahead-of-time packages":
+        monkeypatch.setattr(layer, "overlaps", lambda device: False)
     plan = layer.TilePlan(call)
     assert plan.tall_gate_up is None
     assert plan.tall_down is None
