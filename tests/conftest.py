@@ -12,6 +12,7 @@ import torch
 # the tests choose the kernels themselves, whatever was built into the package
 os.environ["LORA_MOE_STUBS"] = "0"
 
+import interpreting
 import stubs
 
 from torch_lora_moe.testing import Case
@@ -54,6 +55,18 @@ VARIANTS = {
     "large_bf16": Case(num_tokens=48, hidden_size=130, intermediate_size=72, dtype=torch.bfloat16),
     "large_shared_outer": Case(num_tokens=48, hidden_size=130, intermediate_size=72, rank=64, shared_outer=True),
 }
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The interpreter's tests start first and are waited for last, if others run beside them."""
+    slow = [item for item in session.items if item.path.name == "test_interpreter.py"]
+    if slow and len(session.items) > len(slow) and not session.config.option.collectonly:
+        session.items[:] = [item for item in session.items if item not in slow] + slow
+        interpreting.start()
+
+
+def pytest_sessionfinish() -> None:
+    interpreting.stop()
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
