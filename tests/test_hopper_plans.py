@@ -76,6 +76,7 @@ REFUSED = {
     "a weight at an odd address": layer_call()._replace(w13=shifted(layer_call().w13)),
     "B at an odd address": layer_call()._replace(gate_up_b=shifted(layer_call().gate_up_b)),
     "a transposed weight": layer_call()._replace(w13=torch.empty(4, 136, 256, dtype=torch.bfloat16).mT),
+    "one weight for all experts": layer_call()._replace(w13=layer_call().w13[:1].expand(4, -1, -1)),
     "rows of x with gaps": layer_call()._replace(hidden_states=torch.empty(300, 140, dtype=torch.bfloat16)[:, :136]),
     "more experts than there is room for": layer_call(experts=900, hidden=72, inner=8, tokens=1),
 }

@@ -85,6 +85,9 @@ def takes(product: Product) -> bool:
     x, w, b = product.x, product.w, product.b
     if x.dtype not in (torch.bfloat16, torch.float16) or w.stride(2) != 1:
         return False
+    # a weight as a tensor map can have it: no row or expert inside another
+    if w.stride(1) < w.shape[2] or (w.shape[0] > 1 and w.stride(0) < w.shape[1] * w.stride(1)):
+        return False
     # copies are of 16 bytes, and a tile takes two steps or more to look the next one up
     sizes = [w.shape[2], product.columns, x.stride(0), w.stride(0), w.stride(1), product.rank]
     if any(size % 8 for size in sizes) or w.shape[2] <= DEPTH:
