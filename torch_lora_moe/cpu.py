@@ -232,7 +232,8 @@ def _grouped_linear(x: Tensor, weights: Tensor, groups: list[Group]) -> Tensor:
         index = torch.tensor(
             [group.weight for group in groups for _ in range(group.start, group.stop)], dtype=torch.int64
         )
-        return torch.bmm(weights[index].float(), x.unsqueeze(2)).squeeze(2)
+        # vectors on the left: dot products, where matrices there are added up column by column, which loses more digits
+        return torch.bmm(x.unsqueeze(1), weights[index].float().transpose(1, 2)).squeeze(1)
     out = x.new_empty(x.shape[0], num_out)
     # views are made for all groups at once where that can be: one by one they cost as much as small products
     transposed = weights.transpose(1, 2)
