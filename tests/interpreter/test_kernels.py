@@ -19,6 +19,8 @@ NAN = float("nan")
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ways through a layer of more than one token: LoRA pair by pair or by runs, in tiles; nothing sorted."""
     take(monkeypatch, request.param == "by_run", request.param != "unsorted")
+    if request.param == "unsorted":
+        monkeypatch.setattr(layer, "gate_up_vector_config", _fewer_programs)
 
 
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
@@ -71,6 +73,11 @@ def _fewer_programs(*how: Any) -> vectors.VectorConfig:
     return dataclasses.replace(vectors.gate_up_vector_config(*how), block_n=64)
 
 
+def _few_programs_of_down(*how: Any) -> vectors.VectorConfig:
+    """The same for a down of short rows."""
+    return vectors.VectorConfig(512, 16, 1, 4)
+
+
 def _as_of_many(rows: int, *how: Any) -> vectors.VectorConfig:
     """A gate_up as one of many rows takes it."""
     return vectors.gate_up_vector_config(10**6, *how)
@@ -108,8 +115,10 @@ FEW_TOKENS = {
 def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of their own that they have: nothing sorted, rank vectors made by the launch that needs them."""
     layer._PLANS.clear()
-    if case.intermediate_size > 1000:
+    if case.intermediate_size > 1000 or case.num_tokens > 2:
         monkeypatch.setattr(layer, "gate_up_vector_config", _fewer_programs)
+    if case.hidden_size > 1000:
+        monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
     assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
@@ -120,6 +129,8 @@ def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch
     """As experts with many rows take them."""
     layer._PLANS.clear()
     monkeypatch.setattr(layer, "gate_up_vector_config", _as_of_many)
+    if case.startswith("deep"):
+        monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
     deep_plain = Case(1, adapted=(), intermediate_size=40, hidden_size=2100, odd_ids=False)
     inputs = make_inputs({**FEW_TOKENS, "deep_plain": deep_plain}[case])
     check_layer(inputs, run(inputs))
@@ -141,8 +152,7 @@ def test_few_tokens_row_by_row(
     layer._PLANS.clear()
     choose = vectors.gate_up_vector_config
     monkeypatch.setattr(layer, "gate_up_vector_config", lambda _, *how: choose(rows, *how))
-    # the interpreter takes programs one by one
-    monkeypatch.setattr(layer, "down_vector_config", lambda *how: vectors.VectorConfig(512, 16, 1, 4))
+    monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
     how: dict[str, Any] = {"rank": rank} if rank else {"adapted": ()}
     how |= {"hidden_size": hidden_size, "intermediate_size": 24, "bias": hidden_size % 200 == 0}
     inputs = make_inputs(Case(1, mapping=(1,), odd_ids=False, dtype=torch.float16, **how))
@@ -281,8 +291,8 @@ def test_tiles_in_parts(sorts: bool, grouped: bool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 128)
     if grouped:
         monkeypatch.setattr(config, "KEPT_IN_L2", 0)
-    sizes = {"num_experts": 2, "max_loras": 6, "rank": 40, "hidden_size": 70, "intermediate_size": 50}
-    inputs = make_inputs(Case(num_tokens=110, dtype=torch.float16, **sizes))
+    sizes = {"num_experts": 2, "top_k": 1, "max_loras": 6, "rank": 40, "hidden_size": 70, "intermediate_size": 50}
+    inputs = make_inputs(Case(num_tokens=150, dtype=torch.float16, **sizes))
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
     for product, parts in ((plan.gate_up[0].plan, 2), (plan.down[0].plan, 4)):
@@ -449,7 +459,7 @@ def test_ids_beyond_int32_do_not_wrap() -> None:
 
 # 64 columns are one block: further planes are empty
 @pytest.mark.parametrize("hidden_size", [64, 70])
-@pytest.mark.parametrize("split_k", [1, 3, 64])
+@pytest.mark.parametrize("split_k", [1, 3, 9])
 def test_split_k(split_k: int, hidden_size: int, sorts: bool) -> None:
     inputs = make_inputs(Case(hidden_size=hidden_size))
     assert inputs.lora is not None
