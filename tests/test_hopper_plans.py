@@ -77,6 +77,7 @@ REFUSED = {
     "B at an odd address": layer_call()._replace(gate_up_b=shifted(layer_call().gate_up_b)),
     "a transposed weight": layer_call()._replace(w13=torch.empty(4, 136, 256, dtype=torch.bfloat16).mT),
     "one weight for all experts": layer_call()._replace(w13=layer_call().w13[:1].expand(4, -1, -1)),
+    "rows inside each other": layer_call()._replace(w13=layer_call().w13.as_strided((4, 256, 136), (256 * 64, 64, 1))),
     "rows of x with gaps": layer_call()._replace(hidden_states=torch.empty(300, 140, dtype=torch.bfloat16)[:, :136]),
     "more experts than there is room for": layer_call(experts=900, hidden=72, inner=8, tokens=1),
 }
