@@ -32,6 +32,7 @@ MADE = {
     "gate_up_tiles": {"out"},
     "down_tiles": {"out"},
     "sum_pairs": {"out"},
+    "gate_up_sums": {"sums", "shrunk"},
     "gate_up_pairs": {"out", "next_shrunk"},
     "down_tokens": {"out", "shrunk"},
 }

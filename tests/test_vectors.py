@@ -12,6 +12,7 @@ from torch_lora_moe.vectors import (
     DownPrograms,
     down_programs,
     down_vector_config,
+    gate_up_programs,
     gate_up_vector_config,
 )
 
@@ -22,7 +23,7 @@ def is_power_of_two(value: int) -> bool:
 
 def down(inner: int, rank: int, top_k: int = 8, hidden: int = 2048, tokens: int = 1) -> tuple[DownPrograms, int, int]:
     """How a down product goes, the programs it has, and the threads of each."""
-    chosen = down_vector_config(inner, rank, True, top_k)
+    chosen = down_vector_config(tokens * hidden, inner, rank, True, top_k)
     multiply, pairs = tokens * -(-hidden // chosen.block_n), tokens * top_k
     how = down_programs(chosen, multiply, pairs, inner, rank, 2, top_k)
     return how, multiply + pairs * -(-rank // how.shrink_rows), 32 * chosen.num_warps
@@ -37,7 +38,7 @@ def test_steps_are_legal(rank: int, inner: int) -> None:
 
 def check_steps(rank: int, inner: int, top_k: int, tokens: int, itemsize: int, contiguous: bool) -> None:
     first = gate_up_vector_config(tokens * top_k * inner, 2048, rank, contiguous, itemsize)
-    second = down_vector_config(inner, rank, contiguous, top_k)
+    second = down_vector_config(tokens * 2048, inner, rank, contiguous, top_k)
     for chosen in (first, second):
         assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
         assert 1 <= chosen.unroll <= 4
@@ -61,7 +62,7 @@ def check_steps(rank: int, inner: int, top_k: int, tokens: int, itemsize: int, c
 
 def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
     def tile(inner: int, rank: int, top_k: int) -> tuple[int, int]:
-        chosen = down_vector_config(inner, rank, True, top_k)
+        chosen = down_vector_config(2048, inner, rank, True, top_k)
         return chosen.block_n, chosen.block_k * chosen.unroll
 
     # up to 2048 columns; rows of B cost less where several share a program
@@ -115,11 +116,52 @@ def test_no_second_round_of_few_rows() -> None:
     def rows_each(inner: int, rank: int, counts: tuple[int, ...]) -> list[int]:
         return [gate_up(inner, rank, rows)[0] for rows in counts]
 
-    assert rows_each(2048, 16, (1536, 3696, 4608, 6144)) == [1, 1, 2, 1]
     assert rows_each(1440, 0, (1536, 3696, 4608, 6144)) == [1, 1, 2, 1]
     assert rows_each(7168, 16, (1536, 2048, 2560, 3584)) == [1, 2, 2, 1]
     assert rows_each(5120, 0, (1056, 2048, 2304, 3584)) == [1, 1, 2, 2]
     assert rows_each(7168, 0, (1056, 2048, 2304, 3584)) == [1, 1, 2, 1]
+
+
+def test_much_of_b_goes_with_small_programs_that_are_on_the_gpu_at_once() -> None:
+    def rows_each(rank: int, hidden: int = 2048, tokens: int = 1, inner: int = 768) -> int:
+        return down_vector_config(tokens * hidden, inner, rank, True, 8).block_n
+
+    assert [rows_each(rank) for rank in (0, 32, 64, 128)] == [4, 4, 2, 2]
+    # of more rows they would take turns
+    assert [rows_each(64, 2304), rows_each(64, tokens=2), rows_each(64, inner=512)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("inner", [16, 130, 768, 1408, 2048, 2880, 7168])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_two_launches_of_gate_up(inner: int, itemsize: int, contiguous: bool) -> None:
+    for pairs, columns, rank, slices in product((1, 8, 10, 32), (1, 24, 768, 14336), (4, 12, 64, 256), (1, 2)):
+        how = gate_up_programs(pairs, columns, inner, rank, slices, contiguous, itemsize)
+        for chosen in (how.shrink, how.sums, how.rest):
+            assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
+            assert 1 <= chosen.unroll <= 4
+        # both make rank vectors and sums, in programs of as many threads
+        assert how.shrink.num_warps == how.sums.num_warps
+        assert is_power_of_two(how.finish_rows)
+        # whole blocks, and something is left for the second launch
+        assert how.first % how.sums.block_n == how.first % how.finish_rows == 0
+        assert 0 <= how.first <= 0.625 * columns
+
+
+def test_the_first_launch_of_gate_up_has_what_the_gpu_holds() -> None:
+    def programs(columns: int, inner: int, rank: int, pairs: int = 8, itemsize: int = 2) -> tuple[int, int, int]:
+        how = gate_up_programs(pairs, columns, inner, rank, 2, True, itemsize)
+        return how.first, how.sums.block_n, pairs * (-(-rank // how.shrink.block_n) + -(-how.first // how.sums.block_n))
+
+    # rows in two turns, 16 programs to a multiprocessor; beside many rank vectors at once, 28 of them
+    assert [programs(768, 2048, rank) for rank in (16, 32)] == [(480, 2, 2048), (464, 2, 2112)]
+    assert [programs(768, 2048, rank) for rank in (64, 128)] == [(392, 1, 3648), (328, 1, 3648)]
+    assert programs(2880, 2880, 32, pairs=4) == (992, 2, 2112)
+    # a turn would be half empty
+    assert programs(512, 1536, 16)[:2] == (320, 1)
+    # so many rank vectors that they are all there is room for
+    assert programs(768, 2048, 64, pairs=80)[0] == 0
+    assert programs(768, 2048, 16, itemsize=4)[:2] == (224, 1)
 
 
 def test_every_multiprocessor_has_as_many_programs() -> None:
@@ -129,7 +171,8 @@ def test_every_multiprocessor_has_as_many_programs() -> None:
     assert down(14336, 16, 2, 4096)[1] == down(1792, 64, 2, 4096)[1] == 1056
     assert down(448, 32, 6, 4096)[1] == 1048
     # where that would take each of them long, two on each
-    assert [(down(768, rank)[0].shrink_rows, down(768, rank)[1]) for rank in (64, 128)] == [(2, 768), (4, 768)]
+    assert [(down(768, rank)[0].shrink_rows, down(768, rank)[1]) for rank in (64, 128)] == [(2, 1280), (4, 1280)]
+    assert [(down(512, rank, 10)[0].shrink_rows, down(512, rank, 10)[1]) for rank in (64, 128)] == [(4, 672), (8, 672)]
 
 
 def test_programs_that_take_turns_make_rank_vectors_as_they_come() -> None:
@@ -140,7 +183,7 @@ def test_programs_that_take_turns_make_rank_vectors_as_they_come() -> None:
 
 
 def test_registers_are_bound_where_one_more_program_would_not_fit() -> None:
-    assert [down(768, rank)[0].registers for rank in (16, 64, 128)] == [None, 168, 168]
+    assert [down(768, rank)[0].registers for rank in (16, 64, 128)] == [None, 96, 96]
     assert [down(768, rank)[0].preloaded for rank in (16, 64, 128)] == [6, 4, 3]
     assert [down(14336, rank, 2, 4096)[0].registers for rank in (16, 64)] == [128, 128]
     # nor where a few are enough for what is fetched early

@@ -1,7 +1,6 @@
 """The whole layer on a GPU, LoRA folded into its two products.
 
-One token, or so few that a sort would cost more than it spares: shrink, then two products of weights and vectors, the
-second of which makes its own rank vectors and sums over experts (``kernels.matvec``).
+One token, or so few that a sort would cost more than it spares, go pair by pair (``token_layer``).
 More tokens: route, shrink, the gate_up tiles with LoRA B and the activation (``kernels.gate_up``), shrink, the down
 tiles with LoRA B, and the sum over experts (``kernels.down``). Every kernel may start before the one it depends on has
 ended, and waits for it where it first reads what that one writes. Long products go in two launches (``split``):
@@ -34,17 +33,13 @@ from torch_lora_moe.config import (
     streamed_ranks,
     streamed_runs,
 )
-from torch_lora_moe.kernels import down, gate_up, matvec
+from torch_lora_moe.kernels import down, gate_up
 from torch_lora_moe.launch import ShrinkPlan
 from torch_lora_moe.plans import Plan, misalignment, new_plans, on_device, overlaps, remember
 from torch_lora_moe.schedules import routed
 from torch_lora_moe.split import Launch
-from torch_lora_moe.steps import Run, Steps
-from torch_lora_moe.vectors import down_programs, down_vector_config, gate_up_vector_config
-
-
-def _strides(w: Tensor) -> dict[str, Any]:
-    return dict(zip(("STRIDE_E", "STRIDE_N", "STRIDE_I"), w.stride(), strict=True))
+from torch_lora_moe.steps import Run
+from torch_lora_moe.token_layer import LayerSteps, TokenPlan, weight_strides
 
 
 def _is_matrix(w: Tensor, block_k: int) -> bool:
@@ -106,16 +101,6 @@ class _Shrink:
         mapping = call.token_lora_mapping
         assert mapping is not None
         self.plan(run, x, a, shrunk, call.topk_ids, mapping, call.adapter_enabled, schedule, part)
-
-
-class LayerSteps(Steps):
-    """The call of the op."""
-
-    def __call__(self, call: FusedArguments) -> Tensor:  # type: ignore[override]
-        """The layer."""
-        out = self.make(call[:NUM_TENSORS], call)  # type: ignore[arg-type]
-        assert out is not None
-        return out
 
 
 class TilePlan(LayerSteps):
@@ -254,7 +239,7 @@ class TilePlan(LayerSteps):
         joint = tma and call.is_gated and not call.interleaved and config.block_m >= 64
         constants = {
             "STRIDE_X": call.hidden_states.stride(0),
-            **_strides(w),
+            **weight_strides(w),
             "IN": self.hidden,
             "SLICE": self.inner,
             "IS_GATED": call.is_gated,
@@ -282,7 +267,7 @@ class TilePlan(LayerSteps):
         h_tma = tma and self.in_order and fits
         shape = self._tiles(config, b, planes, 1, tma)
         constants = {
-            **_strides(w),
+            **weight_strides(w),
             "IN": self.inner,
             "OUT": self.hidden,
             "HAS_BIAS": call.w2_bias is not None,
@@ -338,103 +323,6 @@ class TilePlan(LayerSteps):
                     self.down_shrink.launch(run, call, h, call.down_a, schedule, shrunk, part)
                 run(launch, tensors, self.num_pairs, self.num_experts, *tiles)
         run(self.sum, (y, ids, out), call.routed_scaling_factor, self.num_experts)
-
-
-class TokenPlan(LayerSteps):
-    """The launches of a layer pair by pair, as of one token: nothing is sorted."""
-
-    def __init__(self, call: FusedArguments) -> None:
-        x, w13, w2, (num_tokens, top_k) = call.hidden_states, call.w13, call.w2, call.topk_ids.shape
-        self.num_pairs, self.top_k, self.num_experts = num_tokens * top_k, top_k, w13.shape[0]
-        self.max_loras, self.inner = call.max_loras, w2.shape[2]
-        self.gate_up_shrink = None
-        if call.gate_up_a is not None:
-            self.gate_up_shrink = _Shrink(call, x, call.gate_up_a, False)
-        self.down_rank = rank = 0 if call.down_b is None else call.down_b.shape[3]
-        # entries for down's rank vectors, and behind them for the count of the programs that have made theirs
-        self.rank_vectors = -(-self.num_pairs * rank // 8) * 8 + 8 if rank else 0
-        self.gate_up, self.down = self._gate_up(call), self._down(call)
-
-    def _gate_up(self, call: FusedArguments) -> Plan:
-        x, w = call.hidden_states, call.w13
-        rank = 0 if call.gate_up_b is None else call.gate_up_b.shape[3]
-        sizes = (self.num_pairs * self.inner, w.shape[2], rank)
-        config = gate_up_vector_config(*sizes, w.stride(2) == 1, w.element_size())
-        pdl = overlaps(x.device)
-        constants = {
-            "STRIDE_X": x.stride(0),
-            **_strides(w),
-            "IN": w.shape[2],
-            "SLICE": self.inner,
-            "IS_GATED": call.is_gated,
-            "INTERLEAVED": call.interleaved,
-            "ACTIVATION": call.activation,
-            "HAS_BIAS": call.w13_bias is not None,
-            "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
-            "RANK": rank,
-            "RANK_POW2": power_of_two(max(rank, 1)),
-            "NUM_PLANES": 1 if self.gate_up_shrink is None else self.gate_up_shrink.planes,
-            "SHARED": call.gate_up_b is not None and call.gate_up_b.shape[1] < self.num_experts,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "UNROLL": config.unroll,
-            "NEXT_RANK": self.down_rank,
-            "EARLY": self.gate_up_shrink is not None,
-            "PDL": pdl,
-        }
-        grid = (self.num_pairs, -(-self.inner // config.block_n), 1)
-        return Plan(matvec.gate_up_pairs, grid, constants, (config.num_warps, 1), pdl, aligned=7)
-
-    def _down(self, call: FusedArguments) -> Plan:
-        x, w = call.hidden_states, call.w2
-        rank = self.down_rank
-        config = down_vector_config(w.shape[2], rank, w.stride(2) == 1, self.top_k)
-        programs = self.num_pairs // self.top_k * -(-w.shape[1] // config.block_n)
-        sizes = (self.num_pairs, w.shape[2], rank, w.element_size(), self.top_k)
-        how, pdl = down_programs(config, programs, *sizes), overlaps(x.device)
-        programs += self.num_pairs * -(-rank // how.shrink_rows)
-        constants = {
-            **_strides(w),
-            "IN": w.shape[2],
-            "OUT": w.shape[1],
-            "TOP_K": self.top_k,
-            "K_POW2": power_of_two(self.top_k),
-            "HAS_BIAS": call.w2_bias is not None,
-            "HAS_ENABLED": self.max_loras > 0 and call.adapter_enabled is not None,
-            "RANK": rank,
-            "RANK_POW2": power_of_two(max(rank, 1)),
-            "SHARED": call.down_b is not None and call.down_b.shape[1] < self.num_experts,
-            "SHARED_A": call.down_a is not None and call.down_a.shape[1] < self.num_experts,
-            "BLOCK_R": how.shrink_rows,
-            "BLOCK_I": how.shrink_columns,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "UNROLL": config.unroll,
-            "PRELOAD": how.preloaded,
-            "PDL": pdl,
-        }
-        grid, registers = (programs, 1, 1), how.registers if pdl else None
-        options = (config.num_warps, 1)
-        return Plan(matvec.down_tokens, grid, constants, options, pdl, aligned=7, registers=registers)
-
-    def run(self, run: Run, call: FusedArguments) -> None:
-        """Makes the launches of the layer."""
-        x, ids, w13, w2 = call.hidden_states, call.topk_ids, call.w13, call.w2
-        mapping = ids if call.token_lora_mapping is None else call.token_lora_mapping
-        enabled = ids if call.adapter_enabled is None else call.adapter_enabled
-        h, out = run.new(x, (self.num_pairs, self.inner)), run.new_result(x, x.shape)
-        down_shrunk = run.new(x, (self.rank_vectors,)) if self.down_rank else h
-        shrunk, b = h, w13
-        if self.gate_up_shrink is not None and call.gate_up_a is not None and call.gate_up_b is not None:
-            shrunk, b = self.gate_up_shrink(run, call, x, call.gate_up_a, None), call.gate_up_b
-        bias = w13 if call.w13_bias is None else call.w13_bias
-        sizes = (self.num_pairs, self.top_k, self.num_experts, self.max_loras)
-        tensors = (x, w13, bias, h, shrunk, b, down_shrunk, ids, mapping, enabled)
-        run(self.gate_up, tensors, *sizes, call.swiglu_alpha, call.swiglu_limit)
-        bias = w2 if call.w2_bias is None else call.w2_bias
-        a, b = (w2, w2) if call.down_a is None or call.down_b is None else (call.down_a, call.down_b)
-        inputs = (h, w2, bias, out, down_shrunk, b, a, ids, mapping, enabled, call.topk_weights)
-        run(self.down, inputs, self.num_pairs, self.num_experts, self.max_loras, call.routed_scaling_factor)
 
 
 class EmptyPlan:

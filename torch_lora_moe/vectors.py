@@ -11,6 +11,10 @@ from torch_lora_moe.config import MULTIPROCESSORS, power_of_two
 
 # Registers of a multiprocessor, of 32 bits.
 REGISTERS = 65536
+# Programs that a multiprocessor holds in any case at most.
+MOST_PROGRAMS = 32
+# The part of gate_up's columns that the first of its launches with LoRA takes at most.
+MOST_FIRST = 5 / 8
 # Rows of gate_up's result, over all pairs, up to which those of at most 1024 columns are a program each.
 FEW_ROWS = 2560
 # Programs of a row each, all of it at once or in turns, that a multiprocessor has; and how many times as many leave a
@@ -19,6 +23,8 @@ ROW_PROGRAMS, TURN_PROGRAMS, SHORT_ROUND = 28, 15, 1.4
 # Registers of a thread, down to which all programs of a down product are held on the GPU at once; what weights fetched
 # early make of them at most; and those that a compiler keeps to without being told.
 LEAST_REGISTERS, HELD_REGISTERS, FREE_REGISTERS = 96, 216, 200
+# Programs of two rows of down's result that a multiprocessor has at once.
+SMALL_PROGRAMS = 10
 # Programs for rank vectors where they cannot be spread evenly: two on each multiprocessor.
 MOST_SHRINKERS = 2 * MULTIPROCESSORS
 
@@ -68,7 +74,7 @@ def _config_beside_lora(rows: int, inner: int) -> VectorConfig:
     # rows to a multiprocessor; the bounds on them are where measured times cross
     each = rows / MULTIPROCESSORS
     if inner <= 2048:
-        return VectorConfig(2, 512, _steps(inner), 1) if _end_in_a_short_round(each) else VectorConfig(1, 2048, 1, 1)
+        return VectorConfig(1, 2048, 1, 1)
     if inner <= 4096:
         return VectorConfig(1, 1024, 4, 1)
     if each <= TURN_PROGRAMS or (each > 20 and _fills_turns(inner, 2048)):
@@ -103,9 +109,9 @@ def _fills_turns(inner: int, columns: int) -> bool:
     return columns * -(-inner // columns) <= 1.15 * inner
 
 
-def down_vector_config(inner: int, rank: int, rows_contiguous: bool, top_k: int) -> VectorConfig:
+def down_vector_config(rows: int, inner: int, rank: int, rows_contiguous: bool, top_k: int) -> VectorConfig:
     """As `gate_up_vector_config`, of down's product of rows of ``inner`` elements, of which those of a token's
-    ``top_k`` experts are added up.
+    ``top_k`` experts are added up; ``rows``: of its result, over all tokens.
     """
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
@@ -115,12 +121,66 @@ def down_vector_config(inner: int, rank: int, rows_contiguous: bool, top_k: int)
         return VectorConfig(8, 256, 4, 4) if rank and top_k > 4 else VectorConfig(4, 512, 2, 2)
     if inner > 768 and top_k > 2:
         # all of an expert's rows at once
-        rows = 2 if rank <= 32 else 4
-        return VectorConfig(rows, 512, 4, rows)
+        each = 2 if rank <= 32 else 4
+        return VectorConfig(each, 512, 4, each)
     block_k = min(256, deep)
     steps = -(-inner // block_k)
+    # smaller programs, if they are on the GPU at once, have more of their weights on their way beside much of B
+    small = rank >= 64 and steps > 2 and rows // 2 + MOST_SHRINKERS <= SMALL_PROGRAMS * MULTIPROCESSORS
     # in turns of at most four, five as three and two
-    return VectorConfig(4, block_k, 3 if steps == 5 else min(4, steps), 2)
+    return VectorConfig(2 if small else 4, block_k, 3 if steps == 5 else min(4, steps), 2)
+
+
+@dataclass(frozen=True)
+class GateUpPrograms:
+    """How gate_up's product with LoRA goes in two launches.
+
+    ``shrink``: what a program of the first takes of A, of gate's rows and of up's. ``first``: columns of the activation
+    whose sums the first launch makes, ``sums``: how; ``rest``: how the second makes the others. ``finish_rows``: of the
+    first columns, those that a program of the second completes.
+    """
+
+    shrink: VectorConfig
+    first: int
+    sums: VectorConfig
+    rest: VectorConfig
+    finish_rows: int
+
+
+def gate_up_programs(
+    num_pairs: int, columns: int, inner: int, rank: int, slices: int, rows_contiguous: bool, itemsize: int
+) -> GateUpPrograms:
+    """For the activations of ``num_pairs`` pairs, ``columns`` each, from vectors of ``inner`` elements.
+
+    The first launch gets as many programs as the GPU holds at once, if that leaves enough for the second: those take
+    their places as they end, and have weights on their way when the last of the first has ended.
+    """
+    rest = gate_up_vector_config(num_pairs * columns, inner, rank, rows_contiguous, itemsize)
+    sums = rest
+    if rows_contiguous and itemsize == 2 and inner > 1024:
+        # rows in turns, where these are full and rank vectors leave room for them
+        turns = inner > 2048 or (rank <= 32 and _fills_turns(inner, 1024))
+        sums = VectorConfig(2, 1024, 1, 1) if turns else rest
+    shrink = _gate_up_shrink(inner, itemsize, sums.num_warps)
+    room = MULTIPROCESSORS * _at_once(sums, slices, itemsize) - num_pairs * -(-rank // shrink.block_n)
+    first = min(max(0, room) // num_pairs * sums.block_n, int(MOST_FIRST * columns))
+    multiple = max(8, sums.block_n)
+    # more at once would take shared memory, for which the GPU may have to end all that runs
+    return GateUpPrograms(shrink, first // multiple * multiple, sums, rest, 8 if rank <= 64 else 4)
+
+
+def _gate_up_shrink(inner: int, itemsize: int, num_warps: int) -> VectorConfig:
+    """A row for each warp, at once if it is not too long."""
+    block_k = min(max(16, power_of_two(inner)), (4096 if inner <= 2048 else 2048) // itemsize)
+    steps = -(-inner // block_k)
+    return VectorConfig(num_warps, block_k, steps if steps <= 4 else 2, num_warps)
+
+
+def _at_once(config: VectorConfig, slices: int, itemsize: int) -> int:
+    """Programs of the bare sums that a multiprocessor holds."""
+    # beside weights: addresses and sums, for several rows the next turn's too
+    registers = slices * config.unroll * _step_registers(config, itemsize) + (8 if config.block_n == 1 else 64)
+    return min(MOST_PROGRAMS, max(1, REGISTERS // (32 * config.num_warps * registers)))
 
 
 def _columns_config(deep: int) -> VectorConfig:
@@ -151,7 +211,7 @@ def down_programs(
     What is fetched early stays in registers, beside LoRA's own. Where all programs can be on the GPU at once, only so
     much that they are: else the last ones run alone.
     """
-    rows = _shrink_rows(num_programs, num_pairs, rank, top_k)
+    rows = _shrink_rows(config, num_programs, num_pairs, rank, top_k)
     total = num_programs + num_pairs * -(-rank // rows)
     registers = min(255, REGISTERS // (32 * config.num_warps * -(-total // MULTIPROCESSORS)) // 8 * 8)
     if rank == 0 or registers < LEAST_REGISTERS:
@@ -178,9 +238,9 @@ def _programs_in_turns(
     return DownPrograms(rows, _columns(rows, inner), pairs(rows), None)
 
 
-def _shrink_rows(num_programs: int, num_pairs: int, rank: int, top_k: int) -> int:
+def _shrink_rows(config: VectorConfig, num_programs: int, num_pairs: int, rank: int, top_k: int) -> int:
     """Rows of A that a program takes which makes rank vectors: the fewest with which every multiprocessor has as many
-    programs as the next, if they do not take it long beside the products of ``top_k`` pairs.
+    programs as the next, if they do not take it long beside ``config``'s products of ``top_k`` pairs.
     """
     room, most = -num_programs % MULTIPROCESSORS, min(16, power_of_two(top_k + 1))
 
@@ -191,7 +251,8 @@ def _shrink_rows(num_programs: int, num_pairs: int, rank: int, top_k: int) -> in
         return rows
 
     even = fewest(room)
-    return even if num_pairs * -(-rank // even) <= room else fewest(MOST_SHRINKERS)
+    spread = num_pairs * -(-rank // even) <= room and even <= 4 * config.block_n
+    return even if spread else fewest(MOST_SHRINKERS)
 
 
 def _columns(rows: int, inner: int) -> int:
@@ -201,7 +262,11 @@ def _columns(rows: int, inner: int) -> int:
 
 def _registers(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k: int) -> tuple[int, int]:
     """Registers of a thread for addresses, sums, a step's own and B of the token's pairs, and for each pair fetched."""
-    others = 44 + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (128 * config.num_warps)
+    # sums and addresses of fewer rows take fewer
+    own = 44 if config.block_n * config.block_k > 512 else 28
+    others = (
+        own + 4 * config.unroll + power_of_two(top_k) * config.block_n * rank * itemsize // (128 * config.num_warps)
+    )
     return others, min(config.unroll, -(-inner // config.block_k)) * _step_registers(config, itemsize)
 
 

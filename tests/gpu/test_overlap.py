@@ -6,6 +6,7 @@ kernels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from layers import Layer, make_layer
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, fused_experts, hopper, layer, split
+from torch_lora_moe import MoELoRA, config, fused_experts, hopper, layer, routing, split, token_layer
 
 pytestmark = pytest.mark.skipif(
     not config.has_dependent_launch(torch.device("cuda")), reason="each kernel starts when the one before has ended"
@@ -75,6 +76,40 @@ def test_replays_of_changing_batches(
     replay = captured(call)
     (plan,) = layer._PLANS.values()
     assert plan.first_tiles > 0
+    for _ in range(20):
+        for tensors, wanted in zip(batches, expected, strict=True):
+            load(weights, tensors)
+            assert torch.equal(replay(), wanted)
+    layer._PLANS.clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("rank", "sizes", "which"),
+    [(16, QWEN3, "both"), (64, QWEN3, "both"), (128, SMALL, "both"), (16, QWEN3, "gate_up"), (64, SMALL, "down")],
+)
+def test_replays_of_changing_few_tokens(
+    tokens: int, rank: int, sizes: dict[str, int], which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers in a graph, the second on what the first has made: pair by pair, as one that waits for each kernel."""
+    weights = make_layer(tokens, slots=5, rank=rank, **sizes)
+    once, batches = caller(weights, which), [batch(weights, seed) for seed in range(5)]
+    monkeypatch.setattr(routing, "layer_sorts", lambda *sizes: False)
+
+    def call() -> Tensor:
+        first = once()
+        return caller(dataclasses.replace(weights, x=first / first.abs().amax().clamp(min=1)), which)()
+
+    layer._PLANS.clear()
+    with monkeypatch.context() as apart:
+        apart.setattr(token_layer, "overlaps", lambda device: False)
+        expected = []
+        for tensors in batches:
+            load(weights, tensors)
+            expected.append(call())
+    layer._PLANS.clear()
+    replay = captured(call)
+    assert all(isinstance(plan, token_layer.TokenPlan) for plan in layer._PLANS.values())
     for _ in range(20):
         for tensors, wanted in zip(batches, expected, strict=True):
             load(weights, tensors)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from torch_lora_moe import MoELoRA, config, cpu, launch, layer, plans, reference, routing, schedules, split, vectors
+from torch_lora_moe import (
+    MoELoRA,
+    config,
+    cpu,
+    launch,
+    layer,
+    plans,
+    reference,
+    routing,
+    schedules,
+    split,
+    token_layer,
+    vectors,
+)
 from torch_lora_moe.testing import Case, Inputs, assert_within_budget, check_layer, make_inputs
 
 NAN = float("nan")
@@ -20,7 +34,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """The ways through a layer of more than one token: LoRA pair by pair or by runs, in tiles; nothing sorted."""
     take(monkeypatch, request.param == "by_run", request.param != "unsorted")
     if request.param == "unsorted":
-        monkeypatch.setattr(layer, "gate_up_vector_config", _fewer_programs)
+        choose_gate_up(monkeypatch, _fewer_programs)
 
 
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
@@ -73,9 +87,19 @@ def test_long_runs() -> None:
     check_layer(inputs, run(inputs))
 
 
+_GATE_UP = vectors.gate_up_vector_config
+
+
+def choose_gate_up(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., vectors.VectorConfig]) -> None:
+    """gate_up of few tokens as ``choose`` says, with LoRA and without, its rank vectors sixteen rows of A at once."""
+    for module in (vectors, token_layer):
+        monkeypatch.setattr(module, "gate_up_vector_config", choose)
+    monkeypatch.setattr(vectors, "_gate_up_shrink", lambda inner, *how: vectors.VectorConfig(16, 64, 2, 1))
+
+
 def _fewer_programs(*how: Any) -> vectors.VectorConfig:
     """A gate_up of large blocks: the interpreter takes programs one by one."""
-    return dataclasses.replace(vectors.gate_up_vector_config(*how), block_n=64)
+    return dataclasses.replace(_GATE_UP(*how), block_n=64)
 
 
 def _few_programs_of_down(*how: Any) -> vectors.VectorConfig:
@@ -85,7 +109,7 @@ def _few_programs_of_down(*how: Any) -> vectors.VectorConfig:
 
 def _as_of_many(rows: int, *how: Any) -> vectors.VectorConfig:
     """A gate_up as one of many rows takes it."""
-    return vectors.gate_up_vector_config(10**6, *how)
+    return _GATE_UP(10**6, *how)
 
 
 FEW_TOKENS = {
@@ -121,21 +145,21 @@ def test_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of their own that they have: nothing sorted, rank vectors made by the launch that needs them."""
     layer._PLANS.clear()
     if case.intermediate_size > 1000 or case.num_tokens > 2:
-        monkeypatch.setattr(layer, "gate_up_vector_config", _fewer_programs)
+        choose_gate_up(monkeypatch, _fewer_programs)
     if case.hidden_size > 1000:
-        monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
+        monkeypatch.setattr(token_layer, "down_vector_config", _few_programs_of_down)
     inputs = make_inputs(case)
     check_layer(inputs, run(inputs))
-    assert all(isinstance(plan, layer.TokenPlan) for plan in layer._PLANS.values())
+    assert all(isinstance(plan, token_layer.TokenPlan) for plan in layer._PLANS.values())
 
 
 @pytest.mark.parametrize("case", ["deep", "deeper", "only_down", "gpt_oss", "two_tokens", "deep_plain"])
 def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As experts with many rows take them."""
     layer._PLANS.clear()
-    monkeypatch.setattr(layer, "gate_up_vector_config", _as_of_many)
+    choose_gate_up(monkeypatch, _as_of_many)
     if case.startswith("deep"):
-        monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
+        monkeypatch.setattr(token_layer, "down_vector_config", _few_programs_of_down)
     deep_plain = Case(1, adapted=(), intermediate_size=40, hidden_size=2100, odd_ids=False)
     inputs = make_inputs({**FEW_TOKENS, "deep_plain": deep_plain}[case])
     check_layer(inputs, run(inputs))
@@ -143,21 +167,20 @@ def test_few_tokens_in_small_programs(case: str, monkeypatch: pytest.MonkeyPatch
 
 # a row at once and in turns, two of them; B before the turns and, of more ranks, behind them
 @pytest.mark.parametrize(
-    ("rows", "rank", "hidden_size", "blocks"),
+    ("rows", "rank", "hidden_size", "each"),
     [
-        *[(100, 16, 300, 12), (100, 16, 900, 24), (9999, 16, 1100, 24), (9999, 72, 4000, 24), (100, 16, 4200, 24)],
-        *[(2500, 16, 5000, 12), (9999, 16, 5000, 12), (9999, 72, 6100, 24)],
-        *[(9999, 0, 2200, 24), (9999, 0, 3900, 12), (100, 0, 4200, 24), (9999, 0, 5000, 12), (9999, 0, 6000, 24)],
+        *[(100, 16, 300, 2), (100, 16, 900, 1), (9999, 16, 1100, 1), (9999, 72, 4000, 1), (100, 16, 4200, 1)],
+        *[(2500, 16, 5000, 2), (9999, 16, 5000, 2), (9999, 72, 6100, 1)],
+        *[(9999, 0, 2200, 1), (9999, 0, 3900, 2), (100, 0, 4200, 1), (9999, 0, 5000, 2), (9999, 0, 6000, 1)],
     ],
 )
 def test_few_tokens_row_by_row(
-    rows: int, rank: int, hidden_size: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, rank: int, hidden_size: int, each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An expert's rows, one or two for each program, as of so many ``rows`` over all experts."""
     layer._PLANS.clear()
-    choose = vectors.gate_up_vector_config
-    monkeypatch.setattr(layer, "gate_up_vector_config", lambda _, *how: choose(rows, *how))
-    monkeypatch.setattr(layer, "down_vector_config", _few_programs_of_down)
+    choose_gate_up(monkeypatch, lambda _, *how: _GATE_UP(rows, *how))
+    monkeypatch.setattr(token_layer, "down_vector_config", _few_programs_of_down)
     how: dict[str, Any] = {"rank": rank} if rank else {"adapted": ()}
     how |= {"hidden_size": hidden_size, "intermediate_size": 24, "bias": hidden_size % 200 == 0}
     inputs = make_inputs(Case(1, mapping=(1,), odd_ids=False, dtype=torch.float16, **how))
@@ -166,7 +189,9 @@ def test_few_tokens_row_by_row(
     inputs.w13 = wide[:, :, :-100].copy_(inputs.w13)
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    assert plan.gate_up.grid[1] == blocks
+    first, finished = (8, 1 if rank <= 64 else 2) if rank else (0, 0)
+    assert plan.first == first
+    assert plan.gate_up.grid[1] == finished + (24 - first) // each
 
 
 def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
