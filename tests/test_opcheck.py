@@ -42,14 +42,19 @@ def test_lora_expand_add_(variant: Case) -> None:
     inputs = make_inputs(variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
     tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
-    for b, num_slices in ((lora.gate_up_b, variant.num_slices), (lora.down_b, 1)):
+    # each way to pass a tensor with each of the others, if not all at once
+    ways = (
+        ((None, None), (schedule_of(inputs), inputs.topk_weights)),
+        ((None, inputs.topk_weights), (schedule_of(inputs), None)),
+    )
+    for b, num_slices, given in ((lora.gate_up_b, variant.num_slices, ways[0]), (lora.down_b, 1, ways[1])):
         if b is not None:
             shrunk = torch.randn(2, inputs.topk_ids.numel(), num_slices * variant.rank)
             wide = torch.randn(variant.num_tokens, variant.top_k, b.shape[2] + 6).to(variant.dtype)
-            for output, schedule in ((wide[:, :, 2:-4], None), (wide[:, :, 2:-4].contiguous(), schedule_of(inputs))):
-                for weights in (None, inputs.topk_weights):
-                    args = (output, shrunk, b, *tokens, schedule, weights, variant.num_experts, num_slices)
-                    opcheck(ops.lora_expand_add_.default, args)
+            outputs = wide[:, :, 2:-4], wide[:, :, 2:-4].contiguous()
+            for output, (schedule, weights) in zip(outputs, given, strict=True):
+                args = (output, shrunk, b, *tokens, schedule, weights, variant.num_experts, num_slices)
+                opcheck(ops.lora_expand_add_.default, args)
 
 
 def test_lora_add_(variant: Case) -> None:

@@ -91,10 +91,13 @@ _GATE_UP = vectors.gate_up_vector_config
 
 
 def choose_gate_up(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., vectors.VectorConfig]) -> None:
-    """gate_up of few tokens as ``choose`` says, with LoRA and without, its rank vectors sixteen rows of A at once."""
+    """gate_up of few tokens as ``choose`` says, its rank vectors and what two launches share in large blocks."""
     for module in (vectors, token_layer):
         monkeypatch.setattr(module, "gate_up_vector_config", choose)
-    monkeypatch.setattr(vectors, "_gate_up_shrink", lambda inner, *how: vectors.VectorConfig(16, 64, 2, 1))
+    monkeypatch.setattr(vectors, "_gate_up_shrink", lambda inner, *how: vectors.VectorConfig(16, 512, 2, 1))
+    programs = vectors.gate_up_programs
+    fewer = {"finish_rows": 128}
+    monkeypatch.setattr(token_layer, "gate_up_programs", lambda *how: dataclasses.replace(programs(*how), **fewer))
 
 
 def _fewer_programs(*how: Any) -> vectors.VectorConfig:
@@ -189,9 +192,8 @@ def test_few_tokens_row_by_row(
     inputs.w13 = wide[:, :, :-100].copy_(inputs.w13)
     check_layer(inputs, run(inputs))
     (plan,) = layer._PLANS.values()
-    first, finished = (8, 1 if rank <= 64 else 2) if rank else (0, 0)
-    assert plan.first == first
-    assert plan.gate_up.grid[1] == finished + (24 - first) // each
+    assert plan.first == (8 if rank else 0)
+    assert plan.gate_up.grid[1] == (plan.first > 0) + (24 - plan.first) // each
 
 
 def test_the_count_stands_behind_all_rank_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,7 +537,8 @@ def test_each_token_is_isolated_from_other_slots(
     inputs = make_inputs(Case(num_tokens=len(mapping), num_experts=2, mapping=mapping, odd_ids=False))
     assert inputs.lora is not None
     expected = run(inputs)
-    for slot in range(3):
+    # those behind it, and those on both sides
+    for slot in (0, 1):
         parts = [part.clone() for part in inputs.lora[:4] if part is not None]
         for part in parts:
             part[[(slot + 1) % 3]] = NAN
