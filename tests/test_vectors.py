@@ -135,7 +135,7 @@ def test_much_of_b_goes_with_small_programs_that_are_on_the_gpu_at_once() -> Non
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_two_launches_of_gate_up(inner: int, itemsize: int, contiguous: bool) -> None:
-    for pairs, columns, rank, slices in product((1, 8, 10, 32), (1, 24, 768, 14336), (4, 12, 64, 256), (1, 2)):
+    for pairs, columns, rank, slices in product((1, 8, 10, 32), (1, 24, 768, 14336), (0, 4, 12, 64, 256), (1, 2)):
         how = gate_up_programs(pairs, columns, inner, rank, slices, contiguous, itemsize)
         for chosen in (how.shrink, how.sums, how.rest):
             assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
@@ -146,6 +146,10 @@ def test_two_launches_of_gate_up(inner: int, itemsize: int, contiguous: bool) ->
         # whole blocks, and something is left for the second launch
         assert how.first % how.sums.block_n == how.first % how.finish_rows == 0
         assert 0 <= how.first <= 0.625 * columns
+        # without LoRA there is one launch, of all
+        assert rank or (
+            how.first == 0 and how.rest == gate_up_vector_config(pairs * columns, inner, 0, contiguous, itemsize)
+        )
 
 
 def test_the_first_launch_of_gate_up_has_what_the_gpu_holds() -> None:

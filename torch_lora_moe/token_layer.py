@@ -17,14 +17,7 @@ from torch_lora_moe.config import power_of_two
 from torch_lora_moe.kernels import matvec_down, matvec_gate_up
 from torch_lora_moe.plans import Plan, overlaps
 from torch_lora_moe.steps import Run, Steps
-from torch_lora_moe.vectors import (
-    GateUpPrograms,
-    VectorConfig,
-    down_programs,
-    down_vector_config,
-    gate_up_programs,
-    gate_up_vector_config,
-)
+from torch_lora_moe.vectors import GateUpPrograms, down_programs, down_vector_config, gate_up_programs
 
 
 def weight_strides(w: Tensor) -> dict[str, Any]:
@@ -54,19 +47,12 @@ class TokenPlan(LayerSteps):
         self.down_rank = rank = 0 if call.down_b is None else call.down_b.shape[3]
         # entries for down's rank vectors, and behind them for the count of the programs that have made theirs
         self.rank_vectors = -(-self.num_pairs * rank // 8) * 8 + 8 if rank else 0
-        self.first, self.sums = 0, None
-        w, contiguous = w13, w13.stride(2) == 1
-        if self.gate_up_rank:
-            sizes = (self.num_pairs, self.inner, w.shape[2], self.gate_up_rank, call.num_slices)
-            how = gate_up_programs(*sizes, contiguous, w.element_size())
-            self.first, self.sums = how.first, self._sums(call, how)
-            self.gate_up = self._gate_up(call, how.rest, how.finish_rows)
-        else:
-            rows = self.num_pairs * self.inner
-            self.gate_up = self._gate_up(
-                call, gate_up_vector_config(rows, w.shape[2], 0, contiguous, w.element_size()), 8
-            )
-        self.down = self._down(call)
+        sizes = (self.num_pairs, self.inner, w13.shape[2], self.gate_up_rank, call.num_slices)
+        how = gate_up_programs(*sizes, w13.stride(2) == 1, w13.element_size())
+        # columns whose sums the first launch makes
+        self.first = how.first
+        self.sums = self._sums(call, how) if self.gate_up_rank else None
+        self.gate_up, self.down = self._gate_up(call, how), self._down(call)
 
     def _gate_up_constants(self, call: FusedArguments) -> dict[str, Any]:
         """What both launches of gate_up say about their input."""
@@ -97,8 +83,8 @@ class TokenPlan(LayerSteps):
         grid = (self.num_pairs, -(-rank // how.shrink.block_n) + -(-how.first // config.block_n), 1)
         return Plan(matvec_gate_up.gate_up_sums, grid, constants, (config.num_warps, 1), self.pdl, aligned=5)
 
-    def _gate_up(self, call: FusedArguments, config: VectorConfig, finish_rows: int) -> Plan:
-        rank = self.gate_up_rank
+    def _gate_up(self, call: FusedArguments, how: GateUpPrograms) -> Plan:
+        config, rank = how.rest, self.gate_up_rank
         constants = {
             **self._gate_up_constants(call),
             "ACTIVATION": call.activation,
@@ -107,14 +93,14 @@ class TokenPlan(LayerSteps):
             "RANK": rank,
             "RANK_POW2": power_of_two(max(rank, 1)),
             "SHARED": call.gate_up_b is not None and call.gate_up_b.shape[1] < self.num_experts,
-            "BLOCK_F": finish_rows,
+            "BLOCK_F": how.finish_rows,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "UNROLL": config.unroll,
             "NEXT_RANK": self.down_rank,
             "PDL": self.pdl,
         }
-        blocks = -(-self.first // finish_rows) + -(-(self.inner - self.first) // config.block_n)
+        blocks = -(-self.first // how.finish_rows) + -(-(self.inner - self.first) // config.block_n)
         options = (config.num_warps, 1)
         return Plan(matvec_gate_up.gate_up_pairs, (self.num_pairs, blocks, 1), constants, options, self.pdl, aligned=8)
 

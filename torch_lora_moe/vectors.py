@@ -133,7 +133,7 @@ def down_vector_config(rows: int, inner: int, rank: int, rows_contiguous: bool, 
 
 @dataclass(frozen=True)
 class GateUpPrograms:
-    """How gate_up's product with LoRA goes in two launches.
+    """How gate_up's product goes, in two launches with LoRA, in the second of them alone without.
 
     ``shrink``: what a program of the first takes of A, of gate's rows and of up's. ``first``: columns of the activation
     whose sums the first launch makes, ``sums``: how; ``rest``: how the second makes the others. ``finish_rows``: of the
@@ -150,7 +150,8 @@ class GateUpPrograms:
 def gate_up_programs(
     num_pairs: int, columns: int, inner: int, rank: int, slices: int, rows_contiguous: bool, itemsize: int
 ) -> GateUpPrograms:
-    """For the activations of ``num_pairs`` pairs, ``columns`` each, from vectors of ``inner`` elements.
+    """For the activations of ``num_pairs`` pairs, ``columns`` each, from vectors of ``inner`` elements; ``rank`` 0: no
+    LoRA.
 
     The first launch gets as many programs as the GPU holds at once, if that leaves enough for the second: those take
     their places as they end, and have weights on their way when the last of the first has ended.
@@ -165,8 +166,9 @@ def gate_up_programs(
     room = MULTIPROCESSORS * _at_once(sums, slices, itemsize) - num_pairs * -(-rank // shrink.block_n)
     first = min(max(0, room) // num_pairs * sums.block_n, int(MOST_FIRST * columns))
     multiple = max(8, sums.block_n)
-    # more at once would take shared memory, for which the GPU may have to end all that runs
-    return GateUpPrograms(shrink, first // multiple * multiple, sums, rest, 8 if rank <= 64 else 4)
+    first = first // multiple * multiple if rank else 0
+    # more at once would take shared memory, with which the second launch was slower
+    return GateUpPrograms(shrink, first, sums, rest, 8 if rank <= 64 else 4)
 
 
 def _gate_up_shrink(inner: int, itemsize: int, num_warps: int) -> VectorConfig:

@@ -92,8 +92,7 @@ _GATE_UP = vectors.gate_up_vector_config
 
 def choose_gate_up(monkeypatch: pytest.MonkeyPatch, choose: Callable[..., vectors.VectorConfig]) -> None:
     """gate_up of few tokens as ``choose`` says, its rank vectors and what two launches share in large blocks."""
-    for module in (vectors, token_layer):
-        monkeypatch.setattr(module, "gate_up_vector_config", choose)
+    monkeypatch.setattr(vectors, "gate_up_vector_config", choose)
     monkeypatch.setattr(vectors, "_gate_up_shrink", lambda inner, *how: vectors.VectorConfig(16, 512, 2, 1))
     programs = vectors.gate_up_programs
     fewer = {"finish_rows": 128}

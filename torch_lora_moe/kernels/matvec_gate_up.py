@@ -222,6 +222,7 @@ def gate_up_pairs(
     expert = known_experts(topk_ids, pair, True, num_experts)
     known = expert < num_experts
     row = tl.where(known, expert, 0).to(tl.int64)
+    # without LoRA it stands for nothing, as do rows of B below
     virtual = expert
     if RANK > 0:
         virtual = virtual_ids(topk_ids, mapping, enabled, pair, True, top_k, num_experts, max_loras, HAS_ENABLED)
