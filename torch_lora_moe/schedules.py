@@ -73,12 +73,16 @@ class RoutePlan(Steps):
         bins = max(16, power_of_two(num_experts))
         common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
         columns = 8 if bins <= 1024 else 1
+        # whose flags are the bits of one number
+        few = flagged and max_loras <= 32
         self.launches: list[Plan] = []
         self.cut: Plan | None = None
         if routing.cuts_runs(num_pairs, num_experts * max_loras):
             chunk = 512 if num_pairs <= 4096 else 1024 if num_pairs <= 65536 else 4096
-            runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": 8192, "PDL": pdl}
-            self.cut = Plan(kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, (8, 1), pdl)
+            block = min(16384, max(1024, power_of_two(num_pairs)))
+            runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": block, "PDL": pdl}
+            options = (16 if block > 8192 else 8, 1)
+            self.cut = Plan(kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, options, pdl)
         if num_pairs <= RANKED_PAIRS:
             ks = power_of_two(top_k)
             tokens = min(512, max(64, power_of_two(num_pairs))) // ks
@@ -86,23 +90,33 @@ class RoutePlan(Steps):
             blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "UNROLL": unroll, "BLOCK_P": 16, "BLOCK_C": columns}
             wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
             grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
-            constants = {**common, "WIDE": wide, **blocks}
+            constants = {**common, "FEW_SLOTS": few, "WIDE": wide, **blocks}
             self.launches = [Plan(kernels.route_ranked, grid, constants, dependent=pdl)]
             return
         # few long chunks share few histograms, but each pair meets all others of its chunk
         self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 131072 else 512
-        self.num_chunks = -(-num_pairs // self.chunk)
+        # a histogram for several chunks: each program of the third launch reads them all
+        counted = min(4096, max(512, power_of_two(num_pairs // 64)))
+        self.num_chunks, self.num_counted = -(-num_pairs // self.chunk), -(-num_pairs // counted)
         self.bins = bins
         slots = max(32, power_of_two(max_loras + 1))
-        order = {"HAS_ENABLED": flagged, "PDL": pdl, "BINS": slots, "CHUNK": 64, "BLOCK_Q": 1024}
-        count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": self.chunk}
-        rows = max(1, min(64, 4096 // bins))
+        order = {"HAS_ENABLED": flagged, "FEW_SLOTS": few, "PDL": pdl, "BINS": slots, "CHUNK": 64}
+        order["BLOCK_Q"] = min(4096, max(1024, power_of_two(num_tokens)))
+        count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": counted}
+        rows = max(1, min(64, 4096 // bins, power_of_two(self.num_counted)))
         others = 32 if self.chunk == 256 else 16
-        scatter = {**common, "CHUNK": self.chunk, "BLOCK_Q": others, "BLOCK_H": rows, "BLOCK_C": columns}
+        scatter = {
+            **common,
+            "CHUNK": self.chunk,
+            "COUNTED": counted,
+            "BLOCK_Q": others,
+            "BLOCK_H": rows,
+            "BLOCK_C": columns,
+        }
         programs = self.num_chunks + -(-most_tiles // columns)
         self.launches = [
             Plan(kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
-            Plan(kernels.count_experts, (self.num_chunks, 1, 1), count, (4, 1), pdl),
+            Plan(kernels.count_experts, (self.num_counted, 1, 1), count, (4, 1), pdl),
             Plan(kernels.scatter_pairs, (programs, 1, 1), scatter, (4, 1), pdl),
         ]
 
@@ -129,13 +143,13 @@ class RoutePlan(Steps):
     def _scatter(self, run: Run, schedule: Tensor, topk_ids: Tensor, mapping: Tensor, enabled: Tensor) -> None:
         order = run.new(topk_ids, (-(-self.num_tokens // 4) * 4,), torch.int32)
         experts = run.new(topk_ids, (self.num_pairs,), torch.int32)
-        histograms = run.new(topk_ids, (self.num_chunks * self.bins,), torch.int32)
+        histograms = run.new(topk_ids, (self.num_counted * self.bins,), torch.int32)
         rank, count, scatter = self.launches
         if self.mapped:
             run(rank, (mapping, enabled, order), self.num_tokens, self.max_loras)
         run(count, (topk_ids, order, experts, histograms), self.num_pairs, self.top_k, self.num_experts)
         tensors = (mapping, enabled, order, experts, histograms, schedule)
-        run(scatter, tensors, *self.sizes, self.num_chunks)
+        run(scatter, tensors, *self.sizes, self.num_chunks, self.num_counted)
 
 
 def routed(

@@ -438,6 +438,8 @@ def test_few_short_runs() -> None:
         (0, 2, 6, 3),
         (60, 6, 300, 4),
         (33, 1, 1, 2),
+        (70, 2, 5, 32),
+        (70, 2, 5, 33),
         (70, 8, 16, 300),
     ],
     ids=str,
@@ -447,7 +449,7 @@ def test_route(sizes: tuple[int, int, int, int], ranked: bool, monkeypatch: pyte
     monkeypatch.setattr(routing, "cuts_runs", lambda *sizes: True)
     schedules._ROUTE_PLANS.clear()
     tokens, top_k, experts, slots = sizes
-    flags = tuple(slot % 3 != 1 for slot in range(slots))
+    flags = tuple(slot % 4 != 1 for slot in range(slots))
     inputs = make_inputs(Case(tokens, top_k, experts, slots, rank=1, hidden_size=2, intermediate_size=2, enabled=flags))
     assert inputs.lora is not None
     for mapping, enabled in ((inputs.token_lora_mapping, inputs.lora.adapter_enabled), (None, None)):

@@ -34,6 +34,18 @@ def _composite(keys, index, size, used, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _bits_of(flags):
+    """Up to 32 flags (nonzero: set) as the bits of one number."""
+    return tl.sum(tl.where(flags != 0, 1 << tl.arange(0, flags.shape[0]), 0), 0)
+
+
+@triton.jit
+def _bit(bits, wide):
+    """The flag of each slot that is in range, of any others something."""
+    return (bits >> (wide & 31)) & 1
+
+
+@triton.jit
 def _token_pairs(tokens, num_tokens, top_k, K_POW2: tl.constexpr):
     """Pairs ``[tokens, K_POW2]`` of a block of tokens and which of them exist."""
     k = tl.arange(0, K_POW2)
@@ -110,6 +122,7 @@ def route_ranked(
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     PDL: tl.constexpr,
+    FEW_SLOTS: tl.constexpr,
     WIDE: tl.constexpr,
     K_POW2: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -119,7 +132,7 @@ def route_ranked(
 ):
     """One launch: programs that place ``BLOCK_P`` pairs each, then programs that fill ``BLOCK_C`` tile columns each.
 
-    ``UNROLL`` blocks of ``BLOCK_T`` tokens are on their way at once.
+    ``UNROLL`` blocks of ``BLOCK_T`` tokens are on their way at once. ``FEW_SLOTS``: ``enabled`` comes in one load.
     """
     wait_for_producer(PDL)
     release_consumer(PDL)
@@ -130,25 +143,41 @@ def route_ranked(
         there = mine < num_pairs
         experts = experts_of(tl.load(topk_ids + mine, mask=there, other=-1), num_experts)
         slots = tl.full([BLOCK_P], -1, tl.int32)
+        if FEW_SLOTS:
+            slot = tl.arange(0, 32)
+            bits = _bits_of(tl.load(enabled + slot, mask=slot < max_loras, other=0))
         if HAS_MAPPING:
-            wide = tl.load(mapping + mine // top_k, mask=there, other=-1)
-            flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
-            slots = slots_of(wide, flags, max_loras)
+            own = tl.load(mapping + mine // top_k, mask=there, other=-1)
+            own_flags = 1
+            if FEW_SLOTS:
+                own_flags = _bit(bits, own)
+            elif HAS_ENABLED:
+                own_flags = tl.load(enabled + own, mask=in_range(own, max_loras), other=0)
+            slots = slots_of(own, own_flags, max_loras)
         known = experts < num_experts
         mine_key = _composite(experts * (max_loras + 1) + slots + 1, mine, num_pairs, known, WIDE)
         # added up once at the end: a sum over threads in each round would cost more than the comparisons
         smaller = tl.zeros([BLOCK_P, flat], tl.int32)
         all_known = tl.zeros([flat], tl.int32)
         for start in range(0, num_tokens, BLOCK_T * UNROLL):
+            ids, wide, on = (), (), ()
             for part in tl.static_range(UNROLL):
                 tokens = start + part * BLOCK_T + tl.arange(0, BLOCK_T)
                 pairs, exist = _token_pairs(tokens, num_tokens, top_k, K_POW2)
-                e = experts_of(tl.load(topk_ids + pairs, mask=exist, other=-1), num_experts)
-                s = tl.full([BLOCK_T], -1, tl.int32)
+                ids += (tl.load(topk_ids + pairs, mask=exist, other=-1),)
                 if HAS_MAPPING:
-                    ids = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
-                    on = tl.load(enabled + ids, mask=in_range(ids, max_loras), other=0) if HAS_ENABLED else 1
-                    s = slots_of(ids, on, max_loras)
+                    wide += (tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1),)
+            # a load that waits for another holds up those behind it, so all others come before
+            for part in tl.static_range(UNROLL if HAS_ENABLED else 0):
+                if FEW_SLOTS:
+                    on += (_bit(bits, wide[part]),)
+                else:
+                    on += (tl.load(enabled + wide[part], mask=in_range(wide[part], max_loras), other=0),)
+            for part in tl.static_range(UNROLL):
+                pairs, exist = _token_pairs(start + part * BLOCK_T + tl.arange(0, BLOCK_T), num_tokens, top_k, K_POW2)
+                e, s = experts_of(ids[part], num_experts), tl.full([BLOCK_T], -1, tl.int32)
+                if HAS_MAPPING:
+                    s = slots_of(wide[part], on[part] if HAS_ENABLED else 1, max_loras)
                 used = e < num_experts
                 keys = _composite(e * (max_loras + 1) + s[:, None] + 1, pairs, num_pairs, used, WIDE)
                 smaller += (tl.reshape(keys, [flat])[None, :] < mine_key[:, None]).to(tl.int32)
@@ -178,6 +207,7 @@ def order_tokens(
     num_tokens,
     max_loras,
     HAS_ENABLED: tl.constexpr,
+    FEW_SLOTS: tl.constexpr,
     PDL: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -187,21 +217,32 @@ def order_tokens(
     wait_for_producer(PDL)
     release_consumer(PDL)
     first, local = tl.program_id(0) * CHUNK, tl.arange(0, CHUNK)
+    if FEW_SLOTS:
+        slot = tl.arange(0, 32)
+        bits = _bits_of(tl.load(enabled + slot, mask=slot < max_loras, other=0))
+    mine = first + local
+    there = mine < num_tokens
+    own = tl.load(mapping + mine, mask=there, other=-1)
     before = tl.zeros([BINS], tl.int32)
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, num_tokens, BLOCK_Q):
         tokens = start + tl.arange(0, BLOCK_Q)
         wide = tl.load(mapping + tokens, mask=tokens < num_tokens, other=-1)
-        flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
+        flags = 1
+        if FEW_SLOTS:
+            flags = _bit(bits, wide)
+        elif HAS_ENABLED:
+            flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0)
         s = slots_of(wide, flags, max_loras)
         counts += tl.histogram(s + 1, BINS, mask=tokens < num_tokens)
         if start < first:
             before += tl.histogram(s + 1, BINS, mask=tokens < first)
-    mine = first + local
-    there = mine < num_tokens
-    wide = tl.load(mapping + mine, mask=there, other=-1)
-    flags = tl.load(enabled + wide, mask=in_range(wide, max_loras), other=0) if HAS_ENABLED else 1
-    slots = slots_of(wide, flags, max_loras)
+    own_flags = 1
+    if FEW_SLOTS:
+        own_flags = _bit(bits, own)
+    elif HAS_ENABLED:
+        own_flags = tl.load(enabled + own, mask=in_range(own, max_loras), other=0)
+    slots = slots_of(own, own_flags, max_loras)
     same = (slots[None, :] == slots[:, None]) & (local[None, :] < local[:, None])
     position = tl.gather(tl.cumsum(counts, 0) - counts + before, slots + 1, 0) + tl.sum(same.to(tl.int32), 1)
     tl.store(token_order + position, mine, mask=there)
@@ -243,7 +284,7 @@ def count_experts(
 
 
 @triton.jit(
-    do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "most_tiles", "num_chunks"],
+    do_not_specialize=["num_pairs", "top_k", "num_experts", "max_loras", "most_tiles", "num_chunks", "num_counted"],
     do_not_specialize_on_alignment=["mapping", "enabled"],
 )
 def scatter_pairs(
@@ -259,31 +300,43 @@ def scatter_pairs(
     max_loras,
     most_tiles,
     num_chunks,
+    num_counted,
     BINS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     HAS_MAPPING: tl.constexpr,
     HAS_ENABLED: tl.constexpr,
     PDL: tl.constexpr,
     CHUNK: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Third launch: a program for each chunk places its pairs behind those of the chunks before, stable by expert;
     the programs after them fill ``BLOCK_C`` tile columns each.
+
+    There are ``num_counted`` histograms, of ``COUNTED`` pairs each, which are several chunks.
     """
     wait_for_producer(PDL)
     release_consumer(PDL)
     chunk = tl.program_id(0)
-    bins = tl.arange(0, BINS)
+    bins, local = tl.arange(0, BINS), tl.arange(0, CHUNK)
+    index = chunk * CHUNK + local
+    there = index < num_pairs
+    experts = tl.load(ordered_experts + index, mask=there, other=num_experts)
+    # of the chunks counted together with this one, those before it
+    earlier = chunk * CHUNK // COUNTED * COUNTED + tl.arange(0, COUNTED)
+    inside = earlier < tl.minimum(chunk * CHUNK, num_pairs)
+    experts_before = tl.load(ordered_experts + earlier, mask=inside, other=num_experts)
+    pairs = _pairs_in_order(token_order, index, there, top_k, HAS_MAPPING)
     # added up once at the end: a sum over threads in each round would cost more than the loads
     of_before = tl.zeros([BLOCK_H, BINS], tl.int32)
     of_all = tl.zeros([BLOCK_H, BINS], tl.int32)
-    for start in range(0, num_chunks, BLOCK_H):
+    for start in range(0, num_counted, BLOCK_H):
         rows = start + tl.arange(0, BLOCK_H)
-        part = tl.load(histograms + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
+        part = tl.load(histograms + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_counted, other=0)
         of_all += part
-        of_before += tl.where(rows[:, None] < chunk, part, 0)
+        of_before += tl.where(rows[:, None] < chunk * CHUNK // COUNTED, part, 0)
     before, counts = tl.sum(of_before, 0), tl.sum(of_all, 0)
     if chunk >= num_chunks:
         columns = (chunk - num_chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -291,16 +344,12 @@ def scatter_pairs(
         if chunk == num_chunks:
             _write_counts(schedule, num_pairs, counts, TILE_ROWS)
     else:
-        local = tl.arange(0, CHUNK)
-        index = chunk * CHUNK + local
-        there = index < num_pairs
-        experts = tl.load(ordered_experts + index, mask=there, other=num_experts)
-        pairs = _pairs_in_order(token_order, index, there, top_k, HAS_MAPPING)
         slots = effective_slots(mapping, enabled, pairs // top_k, there, max_loras, HAS_MAPPING, HAS_ENABLED)
-        here = tl.load(histograms + chunk * BINS + bins)
+        known = experts < num_experts
+        here = tl.histogram(experts, BINS, mask=known)
+        before += tl.histogram(experts_before, BINS, mask=experts_before < num_experts)
         # first place of each expert's pairs of this chunk, less their place in the chunk's own order by expert
         base = tl.cumsum(counts - here, 0) - counts + here + before
-        known = experts < num_experts
         mine_key = _composite(experts, local, CHUNK, known, False)
         smaller = tl.zeros([CHUNK, BLOCK_Q], tl.int32)
         for start in range(0, CHUNK, BLOCK_Q):
@@ -343,23 +392,22 @@ def cut_runs(
     stride = num_pairs + 1
     ids = schedule + stride
     first = tl.program_id(0) * CHUNK
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, first, BLOCK):
-        _, starting = _starts(ids, start + tl.arange(0, BLOCK), first, RUN_ROWS)
-        count += starting.to(tl.int32)
-    runs_before = tl.sum(count, 0)
-
     # a chunk is a multiple of RUN_ROWS, so its last run ends inside
     index = first + tl.arange(0, CHUNK)
     mine, starting = _starts(ids, index, num_pairs, RUN_ROWS)
     after = tl.load(ids + index + 1, mask=(index + 1 < num_pairs) & ((index + 1) % RUN_ROWS != 0), other=-1)
+    num_known = tl.load(schedule + num_pairs)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, first, BLOCK):
+        _, before = _starts(ids, start + tl.arange(0, BLOCK), first, RUN_ROWS)
+        count += before.to(tl.int32)
+    runs_before = tl.sum(count, 0)
     start = tl.associative_scan(tl.where(starting, index, 0), 0, _larger)
     run = runs_before + tl.cumsum(starting.to(tl.int32), 0) - 1
     ending = (mine >= 0) & (mine != after)
     tl.store(schedule + 5 * stride + run, mine, mask=ending)
     tl.store(schedule + 6 * stride + run, start, mask=ending)
     tl.store(schedule + 7 * stride + run, index - start + 1, mask=ending)
-    num_known = tl.load(schedule + num_pairs)
     tl.store(schedule + 8 * stride + index, tl.where(mine >= 0, run, run + 1), mask=index < num_known)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         rows = 5 + tl.arange(0, 4)
