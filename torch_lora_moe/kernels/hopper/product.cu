@@ -119,7 +119,6 @@ __device__ __forceinline__ void bring(const Arguments& call, const Maps& maps, c
     for (int j = 0; j < 2; ++j)
       if (IS_DOWN && thread + j * 128 < MOST) memory.scales(kept)[thread + j * 128] = known.scales[j];
     group_sync(PRODUCERS);
-    const int reach = RANK ? known.reach(known.first_run) : 0;
     const char* rows[MOST / 16];
 #pragma unroll
     for (int q = 0; q < MOST / 16; ++q) {
@@ -128,13 +127,20 @@ __device__ __forceinline__ void bring(const Arguments& call, const Maps& maps, c
     }
 #pragma unroll 4
     for (int step = 0; step < STEPS; ++step) {
+#if RANK
+      // looked up while stages are waited for: before the tile its first ones would wait for it
+      if (step == STEPS - 2) known.find_runs(call);
+      if (step == STEPS - 1) known.load_runs(call, known.first_run, thread & 31);
+#endif
       const u32 full = memory.full(stage.slot), data = memory.stage(stage.slot);
       barrier_wait(memory.empty(stage.slot), stage.parity);
+      const int reach = RANK && step == STEPS - 1 ? known.reach(known.first_run) : 0;
       if (thread == 0) {
+        int* note = memory.note(stage.slot);
         if (step == 0) {
-          int* note = memory.note(stage.slot);
-          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column;
-          note[4] = kept, note[5] = reach;
+          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column, note[4] = kept;
+        } else if (step == STEPS - 1) {
+          note[0] = reach;
         }
         barrier_announce(full, WEIGHT_BYTES + (IS_DOWN ? TOKEN_BYTES : 0));
 #pragma unroll
@@ -195,9 +201,10 @@ struct Group {
   }
 };
 
-// `sums` of the first `WIDTH` pairs of the tile; its first stage is there
+// `sums` of the first `WIDTH` pairs of the tile, whose first stage is there; returns the reach of LoRA's first stage
 template <int WIDTH>
-__device__ __forceinline__ void base_product(float (&sums)[2][MOST / 2], Group& group) {
+__device__ __forceinline__ int base_product(float (&sums)[2][MOST / 2], Group& group) {
+  int reach = 0;
   // unrolled it would be many times the code, once for each width
 #pragma unroll 1
   for (int step = 0; step < STEPS; ++step) {
@@ -212,8 +219,10 @@ __device__ __forceinline__ void base_product(float (&sums)[2][MOST / 2], Group& 
       multiply<WIDTH>(sums[0], left + 2 * k, right + 2 * k, step + k > 0);
       multiply<WIDTH>(sums[1], left + PART_BYTES / 16 + 2 * k, right + 2 * k, step + k > 0);
     }
+    if (RANK) reach = group.memory.note(group.stage.slot)[0];
     group.end_stage();
   }
+  return reach;
 }
 
 #if RANK
@@ -353,8 +362,8 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& call, const Memo
     barrier_wait(memory.full(group.stage.slot), group.stage.parity);
     const int* first = memory.note(group.stage.slot);
     const int note[5] = {first[0], first[1], first[2], first[3], first[4]};
-    int reach = first[5];
-#define WIDTH(BLOCKS) case BLOCKS: base_product<BLOCKS * 8>(sums, group); break;
+    int reach;
+#define WIDTH(BLOCKS) case BLOCKS: reach = base_product<BLOCKS * 8>(sums, group); break;
     switch (max(note[1] + 7, 8) >> 3) {
       WIDTH(1) WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(7) WIDTH(8) WIDTH(9)
       WIDTH(10) WIDTH(11) WIDTH(12) WIDTH(13) WIDTH(14) WIDTH(15) WIDTH(16) WIDTH(17) WIDTH(18)

@@ -48,8 +48,8 @@ struct Memory {
   __device__ __forceinline__ u32 stage(int slot) const { return base + slot * STAGE_BYTES; }
   __device__ __forceinline__ u32 full(int slot) const { return base + BARRIERS + slot * 8; }
   __device__ __forceinline__ u32 empty(int slot) const { return full(slot) + STAGES * 8; }
-  // of the first stage of a tile: start, count, expert, column, number of the kept tile, width of LoRA's first stage;
-  // of a stage of LoRA: width of the next one
+  // of the first stage of a tile: start, count, expert, column, number of the kept tile; of the last one of the base
+  // product, and of a stage of LoRA: width of the next one
   __device__ __forceinline__ int* note(int slot) const { return (int*)(memory + NOTES + slot * NOTE_BYTES); }
   __device__ __forceinline__ int* pairs(int kept) const { return (int*)(memory + PAIRS) + kept * MOST; }
   __device__ __forceinline__ float* scales(int kept) const { return (float*)(memory + SCALES) + kept * MOST; }
@@ -157,11 +157,16 @@ struct Known {
     tile = find_tile(memory.starts(), memory.tiles(), number);
 #pragma unroll
     for (int j = 0; j < 2; ++j) pairs[j] = call.schedule[tile.start + max(0, min(thread + j * 128, tile.count - 1))];
+  }
+
+  // its first and last run
+  __device__ __forceinline__ void find_runs(const Arguments& call) {
     first_run = 0, last_run = -1;
+    if (tile.count == 0) return;
+    const int last = tile.start + tile.count - 1;
+    const int first_there = call.row(8)[tile.start], last_there = call.row(8)[last];
     // pairs without LoRA come first: if the last one is such, all are
-    if (RANK && tile.count > 0 && call.row(1)[tile.start + tile.count - 1] >= 0) {
-      first_run = call.row(8)[tile.start], last_run = call.row(8)[tile.start + tile.count - 1];
-    }
+    if (call.row(1)[last] >= 0) first_run = first_there, last_run = last_there;
   }
 
   // once `find` is through
@@ -171,7 +176,6 @@ struct Known {
       if (thread + j * 128 < MOST) kept_pairs[thread + j * 128] = pairs[j];
       if (IS_DOWN) scales[j] = load<WEIGHTS_KIND>(call.topk_weights, pairs[j]);
     }
-    if (RANK) load_runs(call, first_run, thread & 31);
   }
 
   __device__ __forceinline__ void load_runs(const Arguments& call, int first, int lane) {
