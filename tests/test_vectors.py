@@ -23,7 +23,7 @@ def is_power_of_two(value: int) -> bool:
 
 def down(inner: int, rank: int, top_k: int = 8, hidden: int = 2048, tokens: int = 1) -> tuple[DownPrograms, int, int]:
     """How a down product goes, the programs it has, and the threads of each."""
-    chosen = down_vector_config(tokens * hidden, inner, rank, True, top_k)
+    chosen = down_vector_config(tokens * hidden, inner, rank, True, top_k, tokens * top_k)
     multiply, pairs = tokens * -(-hidden // chosen.block_n), tokens * top_k
     how = down_programs(chosen, multiply, pairs, inner, rank, 2, top_k)
     return how, multiply + pairs * -(-rank // how.shrink_rows), 32 * chosen.num_warps
@@ -38,7 +38,7 @@ def test_steps_are_legal(rank: int, inner: int) -> None:
 
 def check_steps(rank: int, inner: int, top_k: int, tokens: int, itemsize: int, contiguous: bool) -> None:
     first = gate_up_vector_config(tokens * top_k * inner, 2048, rank, contiguous, itemsize)
-    second = down_vector_config(tokens * 2048, inner, rank, contiguous, top_k)
+    second = down_vector_config(tokens * 2048, inner, rank, contiguous, top_k, tokens * top_k)
     for chosen in (first, second):
         assert all(map(is_power_of_two, (chosen.block_n, chosen.block_k, chosen.num_warps)))
         assert 1 <= chosen.unroll <= 4
@@ -62,7 +62,7 @@ def check_steps(rank: int, inner: int, top_k: int, tokens: int, itemsize: int, c
 
 def test_one_token_takes_a_row_of_an_expert_at_once() -> None:
     def tile(inner: int, rank: int, top_k: int) -> tuple[int, int]:
-        chosen = down_vector_config(2048, inner, rank, True, top_k)
+        chosen = down_vector_config(2048, inner, rank, True, top_k, top_k)
         return chosen.block_n, chosen.block_k * chosen.unroll
 
     # up to 2048 columns; rows of B cost less where several share a program
@@ -122,13 +122,17 @@ def test_no_second_round_of_few_rows() -> None:
     assert rows_each(7168, 0, (1056, 2048, 2304, 3584)) == [1, 1, 2, 1]
 
 
-def test_much_of_b_goes_with_small_programs_that_are_on_the_gpu_at_once() -> None:
+def test_much_of_b_goes_with_small_programs() -> None:
     def rows_each(rank: int, hidden: int = 2048, tokens: int = 1, inner: int = 768) -> int:
-        return down_vector_config(tokens * hidden, inner, rank, True, 8).block_n
+        return down_vector_config(tokens * hidden, inner, rank, True, 8, tokens * 8).block_n
 
     assert [rows_each(rank) for rank in (0, 32, 64, 128)] == [4, 4, 2, 2]
     # of more rows they would take turns
-    assert [rows_each(64, 2304), rows_each(64, tokens=2), rows_each(64, inner=512)] == [4, 4, 4]
+    assert [rows_each(64, 2304), rows_each(64, inner=512)] == [4, 4]
+    # as well they may where larger ones would be held at once in few registers
+    assert [rows_each(rank, tokens=2) for rank in (0, 32, 64, 128)] == [4, 4, 2, 2]
+    assert [down(768, rank, tokens=2)[0].preloaded for rank in (64, 128)] == [4, 4]
+    assert [rows_each(64, tokens=3), rows_each(64, 4096)] == [4, 4]
 
 
 @pytest.mark.parametrize("inner", [16, 130, 768, 1408, 2048, 2880, 7168])

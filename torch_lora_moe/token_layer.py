@@ -107,7 +107,8 @@ class TokenPlan(LayerSteps):
     def _down(self, call: FusedArguments) -> Plan:
         w, rank = call.w2, self.down_rank
         num_tokens, hidden = call.hidden_states.shape
-        config = down_vector_config(num_tokens * hidden, w.shape[2], rank, w.stride(2) == 1, self.top_k)
+        tokens = (self.top_k, self.num_pairs)
+        config = down_vector_config(num_tokens * hidden, w.shape[2], rank, w.stride(2) == 1, *tokens)
         programs = num_tokens * -(-hidden // config.block_n)
         sizes = (self.num_pairs, w.shape[2], rank, w.element_size(), self.top_k)
         how = down_programs(config, programs, *sizes)

@@ -5,7 +5,7 @@ Measured on an H200 in shapes from 256 to 14,336 columns; ``benchmarks/results``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch_lora_moe.config import MULTIPROCESSORS, power_of_two
 
@@ -23,8 +23,8 @@ ROW_PROGRAMS, TURN_PROGRAMS, SHORT_ROUND = 28, 15, 1.4
 # Registers of a thread, down to which all programs of a down product are held on the GPU at once; what weights fetched
 # early make of them at most; and those that a compiler keeps to without being told.
 LEAST_REGISTERS, HELD_REGISTERS, FREE_REGISTERS = 96, 216, 200
-# Programs of two rows of down's result that a multiprocessor has at once.
-SMALL_PROGRAMS = 10
+# Programs of two rows of down's result that a multiprocessor has at once, and of four rows without a loss.
+SMALL_PROGRAMS, LARGE_PROGRAMS = 10, 8
 # Programs for rank vectors where they cannot be spread evenly: two on each multiprocessor.
 MOST_SHRINKERS = 2 * MULTIPROCESSORS
 
@@ -109,9 +109,11 @@ def _fills_turns(inner: int, columns: int) -> bool:
     return columns * -(-inner // columns) <= 1.15 * inner
 
 
-def down_vector_config(rows: int, inner: int, rank: int, rows_contiguous: bool, top_k: int) -> VectorConfig:
+def down_vector_config(
+    rows: int, inner: int, rank: int, rows_contiguous: bool, top_k: int, num_pairs: int
+) -> VectorConfig:
     """As `gate_up_vector_config`, of down's product of rows of ``inner`` elements, of which those of a token's
-    ``top_k`` experts are added up; ``rows``: of its result, over all tokens.
+    ``top_k`` experts are added up; ``rows``: of its result, over all tokens, which have ``num_pairs`` pairs.
     """
     deep = max(16, power_of_two(inner))
     if not rows_contiguous:
@@ -125,10 +127,16 @@ def down_vector_config(rows: int, inner: int, rank: int, rows_contiguous: bool, 
         return VectorConfig(each, 512, 4, each)
     block_k = min(256, deep)
     steps = -(-inner // block_k)
-    # smaller programs, if they are on the GPU at once, have more of their weights on their way beside much of B
-    small = rank >= 64 and steps > 2 and rows // 2 + MOST_SHRINKERS <= SMALL_PROGRAMS * MULTIPROCESSORS
     # in turns of at most four, five as three and two
-    return VectorConfig(2 if small else 4, block_k, 3 if steps == 5 else min(4, steps), 2)
+    large = VectorConfig(4, block_k, 3 if steps == 5 else min(4, steps), 2)
+    if rank < 64 or steps <= 2:
+        return large
+    # beside much of B smaller programs that are on the GPU at once have more of their weights on their way; as they do
+    # in turns, where larger ones would be there at once with hardly a register for weights
+    there = rows // 2 + MOST_SHRINKERS <= SMALL_PROGRAMS * MULTIPROCESSORS
+    programs = rows // 4 + num_pairs * -(-rank // _shrink_rows(large, rows // 4, num_pairs, rank, top_k))
+    tight = top_k > 4 and LARGE_PROGRAMS * MULTIPROCESSORS < programs <= SMALL_PROGRAMS * MULTIPROCESSORS
+    return replace(large, block_n=2) if there or tight else large
 
 
 @dataclass(frozen=True)
@@ -282,6 +290,9 @@ def _preloaded(config: VectorConfig, inner: int, rank: int, itemsize: int, top_k
     others, each = _registers(config, inner, rank, itemsize, top_k)
     threads = 32 * config.num_warps
     room = 32 if rank > 64 else 96 if rank or config.block_k > 256 else 192
+    if rank and config.block_n == 2 and config.block_k <= 256:
+        # many small programs side by side need less of it each
+        room = 48
     most = min(top_k, max(1, room // (config.unroll * _step_registers(config, itemsize))))
     for pairs in range(most, 0, -1):
         registers = -(-(others + pairs * each) // 8) * 8
