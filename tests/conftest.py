@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ VARIANTS = {
     "large_shared_outer": Case(num_tokens=48, hidden_size=130, intermediate_size=72, rank=64, shared_outer=True),
 }
 
+# what the ops of LoRA alone do not see
+UNSEEN = {"activation": "silu", "bias": False, "interleaved": False, "transposed": False, "seed": 0}
+UNSEEN |= {"routed_scaling_factor": 1.0}
+# the first of those that are the same to them
+LORA_VARIANTS = {replace(case, **UNSEEN): name for name, case in reversed(VARIANTS.items())}
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The interpreter's tests start first and are waited for last, if others run beside them."""
@@ -71,6 +78,11 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def variant(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=LORA_VARIANTS, ids=LORA_VARIANTS.get)
+def lora_variant(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""``torch.library.opcheck``, all four tests, for every op over the table of variants, dynamic shapes included."""
+"""``torch.library.opcheck``, all four tests, for every op over all variants it can see, dynamic shapes included."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def route_args(inputs: Inputs) -> tuple[object, ...]:
     return inputs.topk_ids, inputs.token_lora_mapping, enabled, case.num_experts, case.max_loras
 
 
-def test_route(variant: Case) -> None:
-    inputs = make_inputs(variant)
+def test_route(lora_variant: Case) -> None:
+    inputs = make_inputs(lora_variant)
     opcheck(ops.route.default, route_args(inputs))
-    opcheck(ops.route.default, (inputs.topk_ids, None, None, variant.num_experts, 0))
+    opcheck(ops.route.default, (inputs.topk_ids, None, None, lora_variant.num_experts, 0))
 
 
-def test_lora_shrink(variant: Case) -> None:
-    inputs = make_inputs(variant)
+def test_lora_shrink(lora_variant: Case) -> None:
+    inputs = make_inputs(lora_variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
     tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
-    for a, rows in ((lora.gate_up_a, variant.num_tokens), (lora.down_a, inputs.topk_ids.numel())):
+    for a, rows in ((lora.gate_up_a, lora_variant.num_tokens), (lora.down_a, inputs.topk_ids.numel())):
         if a is not None:
-            x = torch.randn(rows, a.shape[3]).to(variant.dtype)
+            x = torch.randn(rows, a.shape[3]).to(lora_variant.dtype)
             for schedule, split_k in ((None, 1), (schedule_of(inputs), 4)):
-                opcheck(ops.lora_shrink.default, (x, a, *tokens, schedule, variant.num_experts, split_k))
+                opcheck(ops.lora_shrink.default, (x, a, *tokens, schedule, lora_variant.num_experts, split_k))
 
 
-def test_lora_expand_add_(variant: Case) -> None:
-    inputs = make_inputs(variant)
+def test_lora_expand_add_(lora_variant: Case) -> None:
+    inputs = make_inputs(lora_variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
     tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
     # each way to pass a tensor with each of the others, if not all at once
@@ -47,25 +47,25 @@ def test_lora_expand_add_(variant: Case) -> None:
         ((None, None), (schedule_of(inputs), inputs.topk_weights)),
         ((None, inputs.topk_weights), (schedule_of(inputs), None)),
     )
-    for b, num_slices, given in ((lora.gate_up_b, variant.num_slices, ways[0]), (lora.down_b, 1, ways[1])):
+    for b, num_slices, given in ((lora.gate_up_b, lora_variant.num_slices, ways[0]), (lora.down_b, 1, ways[1])):
         if b is not None:
-            shrunk = torch.randn(2, inputs.topk_ids.numel(), num_slices * variant.rank)
-            wide = torch.randn(variant.num_tokens, variant.top_k, b.shape[2] + 6).to(variant.dtype)
+            shrunk = torch.randn(2, inputs.topk_ids.numel(), num_slices * lora_variant.rank)
+            wide = torch.randn(lora_variant.num_tokens, lora_variant.top_k, b.shape[2] + 6).to(lora_variant.dtype)
             outputs = wide[:, :, 2:-4], wide[:, :, 2:-4].contiguous()
             for output, (schedule, weights) in zip(outputs, given, strict=True):
-                args = (output, shrunk, b, *tokens, schedule, weights, variant.num_experts, num_slices)
+                args = (output, shrunk, b, *tokens, schedule, weights, lora_variant.num_experts, num_slices)
                 opcheck(ops.lora_expand_add_.default, args)
 
 
-def test_lora_add_(variant: Case) -> None:
-    inputs = make_inputs(variant)
+def test_lora_add_(lora_variant: Case) -> None:
+    inputs = make_inputs(lora_variant)
     lora = inputs.lora or MoELoRA(None, None, None, None)
     tokens = (inputs.topk_ids, inputs.token_lora_mapping, lora.adapter_enabled)
     if lora.gate_up_a is not None:
-        output = torch.randn(*inputs.topk_ids.shape, lora.gate_up_b.shape[2]).to(variant.dtype)
+        output = torch.randn(*inputs.topk_ids.shape, lora.gate_up_b.shape[2]).to(lora_variant.dtype)
         args = (output, inputs.hidden_states, lora.gate_up_a, lora.gate_up_b, *tokens)
-        opcheck(ops.lora_add_.default, (*args, None, None, variant.num_slices))
-        opcheck(ops.lora_add_.default, (*args, schedule_of(inputs), inputs.topk_weights, variant.num_slices))
+        opcheck(ops.lora_add_.default, (*args, None, None, lora_variant.num_slices))
+        opcheck(ops.lora_add_.default, (*args, schedule_of(inputs), inputs.topk_weights, lora_variant.num_slices))
 
 
 def test_fused_experts(variant: Case) -> None:

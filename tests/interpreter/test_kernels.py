@@ -35,12 +35,27 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     take(monkeypatch, request.param == "by_run", request.param != "unsorted")
     if request.param == "unsorted":
         choose_gate_up(monkeypatch, _fewer_programs)
+        monkeypatch.setattr(token_layer, "down_vector_config", _fewer_programs_of_down)
 
 
 @pytest.fixture(params=[False, True], ids=["by_pair", "by_run"])
 def sorts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     take(monkeypatch, request.param, True)
+    shrink_at_once(monkeypatch)
     return request.param
+
+
+def shrink_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair's rank vector in one program: the interpreter takes them one by one. `test_layer` has the rules' own."""
+    choose = layer.layer_shrink_config
+
+    def at_once(pairs: int, virtual_experts: int, rows: int, *how: Any) -> tuple[config.LaunchConfig, int, int]:
+        chosen, *rest = choose(pairs, virtual_experts, rows, *how)
+        if chosen.block_m == 1:
+            chosen = dataclasses.replace(chosen, block_n=config.power_of_two(rows))
+        return chosen, *rest
+
+    monkeypatch.setattr(layer, "layer_shrink_config", at_once)
 
 
 def take(monkeypatch: pytest.MonkeyPatch, sorts: bool, tiles: bool) -> None:
@@ -107,6 +122,14 @@ def _fewer_programs(*how: Any) -> vectors.VectorConfig:
 def _few_programs_of_down(*how: Any) -> vectors.VectorConfig:
     """The same for a down of short rows."""
     return vectors.VectorConfig(512, 16, 1, 4)
+
+
+_DOWN = vectors.down_vector_config
+
+
+def _fewer_programs_of_down(rows: int, inner: int, rank: int, contiguous: bool, *how: Any) -> vectors.VectorConfig:
+    """The same, where neighbours in memory are a row."""
+    return _few_programs_of_down() if contiguous else _DOWN(rows, inner, rank, contiguous, *how)
 
 
 def _as_of_many(rows: int, *how: Any) -> vectors.VectorConfig:
@@ -271,6 +294,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_lora_run_by_run(case: Case, rows: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     take(monkeypatch, sorts, True)
+    shrink_at_once(monkeypatch)
     stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
     monkeypatch.setattr(config, "_cut", lambda product, *limits: product)
@@ -286,6 +310,7 @@ def test_lora_run_by_run(case: Case, rows: int, sorts: bool, monkeypatch: pytest
 def test_narrow_tiles_in_deep_steps(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they take their weight where programs are neither few nor many, here with columns that no step divides."""
     take(monkeypatch, False, True)
+    shrink_at_once(monkeypatch)
     monkeypatch.setattr(config, "MULTIPROCESSORS", 0)
     sizes = {"hidden_size": 300, "intermediate_size": 40}
     inputs = make_inputs(Case(20, 2, 12, 4, rank, dtype=torch.float16, **sizes))
@@ -320,6 +345,7 @@ def test_gate_and_up_as_one_product(
 def test_tiles_in_parts(sorts: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 128 rows where LoRA is most of the work, so that several programs share their rows."""
     take(monkeypatch, sorts, True)
+    shrink_at_once(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: 128)
     if grouped:
         monkeypatch.setattr(config, "KEPT_IN_L2", 0)
@@ -529,6 +555,7 @@ def test_each_token_is_isolated_from_other_slots(
 ) -> None:
     """All other slots NaN or infinite, in tiles and batches that they share, leaves every bit."""
     take(monkeypatch, sorts, True)
+    shrink_at_once(monkeypatch)
     if streams:
         stream(monkeypatch)
     monkeypatch.setattr(routing, "expert_tile_rows", lambda *sizes: rows)
