@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,65 +62,61 @@ class RoutePlan(Steps):
     def __init__(
         self, shape: torch.Size, num_experts: int, max_loras: int, mapped: bool, flagged: bool, pdl: bool
     ) -> None:
-        num_tokens, self.top_k = shape
-        self.num_tokens, self.num_pairs = num_tokens, num_tokens * self.top_k
-        self.num_experts, self.max_loras, self.mapped = num_experts, max_loras, mapped
-        num_pairs, top_k = self.num_pairs, self.top_k
-        tile_rows = routing.expert_tile_rows(num_pairs, num_experts)
-        most_tiles = min(num_pairs, num_pairs // tile_rows + num_experts)
-        self.sizes, self.shape = (
-            (num_pairs, top_k, num_experts, max_loras, most_tiles),
-            routing.schedule_shape(num_pairs),
-        )
-        bins = max(16, power_of_two(num_experts))
-        common = {"BINS": bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
-        columns = 8 if bins <= 1024 else 1
-        # whose flags are the bits of one number
-        few = flagged and max_loras <= 32
-        self.launches: list[Plan] = []
-        self.cut: Plan | None = None
-        if routing.cuts_runs(num_pairs, num_experts * max_loras):
-            chunk = 512 if num_pairs <= 4096 else 1024 if num_pairs <= 65536 else 4096
-            block = min(16384, max(1024, power_of_two(num_pairs)))
-            runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": block, "PDL": pdl}
-            options = (16 if block > 8192 else 8, 1)
-            self.cut = Plan(kernels.cut_runs, (-(-num_pairs // chunk), 1, 1), runs, options, pdl)
-        if num_pairs <= RANKED_PAIRS:
-            ks = power_of_two(top_k)
-            tokens = min(512, max(64, power_of_two(num_pairs))) // ks
-            unroll = min(4, power_of_two(-(-num_tokens // max(tokens, 1))))
-            blocks = {"K_POW2": ks, "BLOCK_T": max(tokens, 1), "UNROLL": unroll, "BLOCK_P": 16, "BLOCK_C": columns}
-            wide = num_experts * (max_loras + 1) * num_pairs >= 2**31
-            grid = (-(-num_pairs // 16) + -(-most_tiles // columns), 1, 1)
-            constants = {**common, "FEW_SLOTS": few, "WIDE": wide, **blocks}
-            self.launches = [Plan(kernels.route_ranked, grid, constants, dependent=pdl)]
-            return
+        self.num_tokens, self.top_k = shape
+        self.num_pairs, self.num_experts, self.max_loras = shape.numel(), num_experts, max_loras
+        self.mapped, self.pdl = mapped, pdl
+        tile_rows = routing.expert_tile_rows(self.num_pairs, num_experts)
+        self.most_tiles = min(self.num_pairs, self.num_pairs // tile_rows + num_experts)
+        self.sizes = (self.num_pairs, self.top_k, num_experts, max_loras, self.most_tiles)
+        self.shape = routing.schedule_shape(self.num_pairs)
+        self.bins = max(16, power_of_two(num_experts))
+        common = {"BINS": self.bins, "TILE_ROWS": tile_rows, "HAS_MAPPING": mapped, "HAS_ENABLED": flagged, "PDL": pdl}
+        # flags that are the bits of one number
+        few = {"FEW_SLOTS": flagged and max_loras <= 32}
+        many = self.num_pairs > RANKED_PAIRS
+        self.launches = self._by_chunks(common, few) if many else [self._ranked(common, few)]
+        self.cut = self._cut() if routing.cuts_runs(self.num_pairs, num_experts * max_loras) else None
+
+    def _columns(self) -> int:
+        """Tile columns of a program that fills them."""
+        return 8 if self.bins <= 1024 else 1
+
+    def _ranked(self, common: dict[str, Any], few: dict[str, Any]) -> Plan:
+        slots = power_of_two(self.top_k)
+        tokens = max(1, min(512, max(64, power_of_two(self.num_pairs))) // slots)
+        unroll = min(4, power_of_two(-(-self.num_tokens // tokens)))
+        wide = self.num_experts * (self.max_loras + 1) * self.num_pairs >= 2**31
+        blocks = {"K_POW2": slots, "BLOCK_T": tokens, "UNROLL": unroll, "BLOCK_P": 16, "BLOCK_C": self._columns()}
+        grid = (-(-self.num_pairs // 16) + -(-self.most_tiles // self._columns()), 1, 1)
+        return Plan(kernels.route_ranked, grid, {**common, **few, "WIDE": wide, **blocks}, dependent=self.pdl)
+
+    def _by_chunks(self, common: dict[str, Any], few: dict[str, Any]) -> list[Plan]:
         # few long chunks share few histograms, but each pair meets all others of its chunk
-        self.chunk = 128 if num_pairs <= 16384 else 256 if num_pairs <= 131072 else 512
+        chunk = self.chunk = 128 if self.num_pairs <= 16384 else 256 if self.num_pairs <= 131072 else 512
         # a histogram for several chunks: each program of the third launch reads them all
-        counted = min(4096, max(512, power_of_two(num_pairs // 64)))
-        self.num_chunks, self.num_counted = -(-num_pairs // self.chunk), -(-num_pairs // counted)
-        self.bins = bins
-        slots = max(32, power_of_two(max_loras + 1))
-        order = {"HAS_ENABLED": flagged, "FEW_SLOTS": few, "PDL": pdl, "BINS": slots, "CHUNK": 64}
-        order["BLOCK_Q"] = min(4096, max(1024, power_of_two(num_tokens)))
-        count = {"BINS": bins, "HAS_MAPPING": mapped, "PDL": pdl, "CHUNK": counted}
-        rows = max(1, min(64, 4096 // bins, power_of_two(self.num_counted)))
-        others = 32 if self.chunk == 256 else 16
-        scatter = {
-            **common,
-            "CHUNK": self.chunk,
-            "COUNTED": counted,
-            "BLOCK_Q": others,
-            "BLOCK_H": rows,
-            "BLOCK_C": columns,
-        }
-        programs = self.num_chunks + -(-most_tiles // columns)
-        self.launches = [
-            Plan(kernels.order_tokens, (-(-num_tokens // 64), 1, 1), order, (8, 1), pdl),
-            Plan(kernels.count_experts, (self.num_counted, 1, 1), count, (4, 1), pdl),
-            Plan(kernels.scatter_pairs, (programs, 1, 1), scatter, (4, 1), pdl),
+        counted = min(4096, max(512, power_of_two(self.num_pairs // 64)))
+        self.num_chunks, self.num_counted = -(-self.num_pairs // chunk), -(-self.num_pairs // counted)
+        slots, tokens = max(32, power_of_two(self.max_loras + 1)), min(4096, max(1024, power_of_two(self.num_tokens)))
+        order = {"HAS_ENABLED": common["HAS_ENABLED"], **few, "PDL": self.pdl}
+        order |= {"BINS": slots, "CHUNK": 64, "BLOCK_Q": tokens}
+        count = {"BINS": self.bins, "HAS_MAPPING": self.mapped, "PDL": self.pdl, "CHUNK": counted}
+        rows = max(1, min(64, 4096 // self.bins, power_of_two(self.num_counted)))
+        scatter = {**common, "CHUNK": chunk, "COUNTED": counted, "BLOCK_Q": 32 if chunk == 256 else 16}
+        scatter |= {"BLOCK_H": rows, "BLOCK_C": self._columns()}
+        programs = self.num_chunks + -(-self.most_tiles // self._columns())
+        return [
+            Plan(kernels.order_tokens, (-(-self.num_tokens // 64), 1, 1), order, (8, 1), self.pdl),
+            Plan(kernels.count_experts, (self.num_counted, 1, 1), count, (4, 1), self.pdl),
+            Plan(kernels.scatter_pairs, (programs, 1, 1), scatter, (4, 1), self.pdl),
         ]
+
+    def _cut(self) -> Plan:
+        """The launch that finds the runs."""
+        chunk = 512 if self.num_pairs <= 4096 else 1024 if self.num_pairs <= 65536 else 4096
+        block = min(16384, max(1024, power_of_two(self.num_pairs)))
+        runs = {"RUN_ROWS": routing.RUN_ROWS, "CHUNK": chunk, "BLOCK": block, "PDL": self.pdl}
+        options = (16 if block > 8192 else 8, 1)
+        return Plan(kernels.cut_runs, (-(-self.num_pairs // chunk), 1, 1), runs, options, self.pdl)
 
     def run(self, run: Run, topk_ids: Tensor, mapping: Tensor | None, enabled: Tensor | None) -> None:
         """The call of the op: the schedule is what it returns."""
