@@ -56,6 +56,26 @@ __device__ __forceinline__ bool any_of_group(int number, bool mine) {
   return any;
 }
 
+// When lines leave L2: before all others, in their turn, behind all others.
+
+__device__ __forceinline__ u64 goes_first() {
+  u64 priority;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(priority));
+  return priority;
+}
+
+__device__ __forceinline__ u64 goes_in_turn() {
+  u64 priority;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(priority));
+  return priority;
+}
+
+__device__ __forceinline__ u64 goes_last() {
+  u64 priority;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(priority));
+  return priority;
+}
+
 // Copies into shared memory. Those of threads count at a barrier as one arrival each when they have landed, those of the
 // copy engine as their bytes.
 
@@ -68,10 +88,11 @@ __device__ __forceinline__ void copies_arrive(u32 barrier) {
 }
 
 __device__ __forceinline__ void copy_box(
-    u32 target, const TensorMap* map, u32 barrier, int column, int row, int slice, int matrix) {
+    u32 target, const TensorMap* map, u32 barrier, int column, int row, int slice, int matrix, u64 priority) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(slice), "r"(matrix) : "memory");
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      ::"r"(target), "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(slice), "r"(matrix), "l"(priority) : "memory");
 }
 
 __device__ __forceinline__ void copy_rows(u32 target, const TensorMap* map, u32 barrier, int column, int row) {
@@ -103,7 +124,7 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
 }
 
-// Reads and writes of shared memory, 16 bytes to a thread.
+// Reads and writes of shared memory, and writes of results, 16 bytes to a thread.
 
 __device__ __forceinline__ uint4 load_line(u32 address) {
   uint4 line;
@@ -115,6 +136,11 @@ __device__ __forceinline__ uint4 load_line(u32 address) {
 __device__ __forceinline__ void store_line(u32 address, uint4 line) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                ::"r"(address), "r"(line.x), "r"(line.y), "r"(line.z), "r"(line.w) : "memory");
+}
+
+__device__ __forceinline__ void store_global(void* target, uint4 line, u64 priority) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;"
+               ::"l"(target), "r"(line.x), "r"(line.y), "r"(line.z), "r"(line.w), "l"(priority) : "memory");
 }
 
 // Four blocks of 8 x 8 sums of a warp, as products leave them, turned around: `address` is where thread 8 i + j has

@@ -6,6 +6,9 @@
 // by stage. Behind the stages of the base product of a tile come those of LoRA: B of a run (the pairs of one adapter
 // slot) or of a few, and their rank vectors, zero for the pairs of other runs.
 //
+// Where a tile has all pairs of its expert, nobody reads its weights again: L2 lets go of them first and of down's
+// results last, which the sum over experts reads in the end.
+//
 // In front of it stand the constants of a launch (`hopper.py`), primitives.cuh, `multiply` for all widths, and tiles.cuh:
 //   IN, OUT       summed columns; columns of the result
 //   IS_GATED      gate_up with gate and up; IS_DOWN: down, which reads sorted rows and stores weighted ones by pair
@@ -44,6 +47,7 @@ __device__ __forceinline__ void bring_lora(
   // a thread has 16 bytes of some rank vectors, the same ones in each run
   constexpr int CHUNKS = RANKS / 8, EACH = SLICES * CHUNKS, APART = 128 / EACH, OWN = (MOST + APART - 1) / APART;
   const Tile& tile = known.tile;
+  const u64 priority = tile.is_alone && !SHARED ? goes_first() : goes_in_turn();
   const int slice = thread % EACH / CHUNKS, rank = thread % CHUNKS * 8, own_row = thread / EACH;
   const char* vectors[OWN];
 #pragma unroll
@@ -77,7 +81,7 @@ __device__ __forceinline__ void bring_lora(
 #pragma unroll
         for (int i = 0; i < 2 * RUNS; ++i)
           if (i / 2 < runs)
-            copy_box(data + i * TALL * PITCH, maps.b, full, part * RANKS, part_row(tile, i & 1), part_slice(i & 1), matrices[i / 2]);
+            copy_box(data + i * TALL * PITCH, maps.b, full, part * RANKS, part_row(tile, i & 1), part_slice(i & 1), matrices[i / 2], priority);
       }
       const bool is_rank = RANK % RANKS == 0 || part * RANKS + rank < RANK;
 #pragma unroll
@@ -114,6 +118,7 @@ __device__ __forceinline__ void bring(const Arguments& call, const Maps& maps, c
   for (int number = blockIdx.x; number < all_tiles; number += gridDim.x, kept = (kept + 1) % KEPT_TILES) {
     Known known = next;
     const Tile& tile = known.tile;
+    const u64 priority = tile.is_alone ? goes_first() : goes_in_turn();
     const int *pairs = memory.pairs(kept), number_after = number + gridDim.x;
 #pragma unroll
     for (int j = 0; j < 2; ++j)
@@ -138,14 +143,14 @@ __device__ __forceinline__ void bring(const Arguments& call, const Maps& maps, c
       if (thread == 0) {
         int* note = memory.note(stage.slot);
         if (step == 0) {
-          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column, note[4] = kept;
+          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column, note[4] = kept, note[5] = tile.is_alone;
         } else if (step == STEPS - 1) {
           note[0] = reach;
         }
         barrier_announce(full, WEIGHT_BYTES + (IS_DOWN ? TOKEN_BYTES : 0));
 #pragma unroll
         for (int part = 0; part < 2; ++part)
-          copy_box(data + part * PART_BYTES, maps.w, full, step * DEPTH, part_row(tile, part), part_slice(part), tile.expert);
+          copy_box(data + part * PART_BYTES, maps.w, full, step * DEPTH, part_row(tile, part), part_slice(part), tile.expert, priority);
         // rows behind those of the tile are others', whose products are never stored
         if (IS_DOWN) copy_rows(data + WEIGHT_BYTES, maps.tokens, full, step * DEPTH, tile.start);
       }
@@ -285,6 +290,7 @@ __device__ __forceinline__ void store_tile(
   const int thread = group.thread, warp = thread >> 5, lane = thread & 31;
   const int* pairs = group.memory.pairs(kept);
   const float* scales = group.memory.scales(kept);
+  const u64 priority = IS_DOWN && note[5] ? goes_last() : goes_in_turn();
   const u32 patches = group.memory.base + TURNED + (group.number - 1) * (2 * TURNED_BYTES);
 #pragma unroll
   for (int part = 0; part < 3 - SLICES; ++part) {
@@ -345,7 +351,7 @@ __device__ __forceinline__ void store_tile(
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (turn * 32 + half * 16 + (thread >> 3) < count && (OUT % WIDE == 0 || at < OUT)) *(uint4*)(call.out + targets[half]) = lines[half];
+        if (turn * 32 + half * 16 + (thread >> 3) < count && (OUT % WIDE == 0 || at < OUT)) store_global(call.out + targets[half], lines[half], priority);
 #pragma unroll
       for (int i = 0; i < 8; ++i) packed[i] = next[i];
     }
@@ -361,7 +367,7 @@ __device__ __forceinline__ void multiply_tiles(const Arguments& call, const Memo
   for (int number = blockIdx.x; number < all_tiles; number += gridDim.x) {
     barrier_wait(memory.full(group.stage.slot), group.stage.parity);
     const int* first = memory.note(group.stage.slot);
-    const int note[5] = {first[0], first[1], first[2], first[3], first[4]};
+    const int note[6] = {first[0], first[1], first[2], first[3], first[4], first[5]};
     int reach;
 #define WIDTH(BLOCKS) case BLOCKS: reach = base_product<BLOCKS * 8>(sums, group); break;
     switch (max(note[1] + 7, 8) >> 3) {

@@ -48,8 +48,8 @@ struct Memory {
   __device__ __forceinline__ u32 stage(int slot) const { return base + slot * STAGE_BYTES; }
   __device__ __forceinline__ u32 full(int slot) const { return base + BARRIERS + slot * 8; }
   __device__ __forceinline__ u32 empty(int slot) const { return full(slot) + STAGES * 8; }
-  // of the first stage of a tile: start, count, expert, column, number of the kept tile; of the last one of the base
-  // product, and of a stage of LoRA: width of the next one
+  // of the first stage of a tile: start, count, expert, column, number of the kept tile, is_alone; of the last one of
+  // the base product, and of a stage of LoRA: width of the next one
   __device__ __forceinline__ int* note(int slot) const { return (int*)(memory + NOTES + slot * NOTE_BYTES); }
   __device__ __forceinline__ int* pairs(int kept) const { return (int*)(memory + PAIRS) + kept * MOST; }
   __device__ __forceinline__ float* scales(int kept) const { return (float*)(memory + SCALES) + kept * MOST; }
@@ -119,9 +119,10 @@ __device__ __forceinline__ void make_tables(const Arguments& call, int* starts, 
   __syncthreads();
 }
 
-// `width` is `count`, at least one, in eights
+// `width` is `count`, at least one, in eights; `is_alone`: it has all pairs of its expert
 struct Tile {
   int expert, start, count, width, column;
+  bool is_alone;
 };
 
 // Tiles go expert by expert, those of the same weights next to each other; an expert's pairs are spread evenly.
@@ -136,6 +137,7 @@ __device__ __forceinline__ Tile find_tile(const int* starts, const int* tiles, i
   Tile tile;
   tile.expert = expert;
   tile.column = inside / along;
+  tile.is_alone = along == 1;
   const int skipped = (inside - tile.column * along) * each;
   // the last of many small ones can have none
   tile.count = max(0, min(each, total - skipped));
