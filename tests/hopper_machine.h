@@ -11,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <set>
 #include <ucontext.h>
 #include <vector>
 
@@ -273,7 +274,12 @@ static uint4 load_line(u32 address) {
   return line;
 }
 static void store_line(u32 address, uint4 line) { std::memcpy(shared + address, &line, 16); }
-static void store_global(void* target, uint4 line, u64) { std::memcpy(target, &line, 16); }
+// what L2 is to keep
+static std::set<const void*> left_last;
+static void store_global(void* target, uint4 line, u64 priority) {
+  std::memcpy(target, &line, 16);
+  if (priority == goes_last()) left_last.insert(target);
+}
 static void store_turned(u32 address, const u32* blocks) {
   std::memcpy(self().held, blocks, 16);
   meet_warp();

@@ -141,7 +141,9 @@ def library(values: dict[str, Any], folder: Path) -> ctypes.CDLL:
     (folder / "kernel.cpp").write_text(text)
     command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "kernel.so", "kernel.cpp"]
     subprocess.run(command, check=True, cwd=folder)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    made = ctypes.CDLL(str(folder / "kernel.so"))
+    made.leaves_last.restype = ctypes.c_bool
+    return made
 
 
 class Map(ctypes.Structure):
@@ -221,6 +223,20 @@ def test_product(name: str, kernels: dict[str, ctypes.CDLL]) -> None:
     assert_right(example, inputs, results[0])
     # however its threads take turns
     assert torch.equal(results[0].nan_to_num(7.0), results[1].nan_to_num(7.0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["gate_up", "down", "down_without_lora"])
+def test_l2_keeps_results_of_down_where_no_weight_is_read_again(name: str, kernels: dict[str, ctypes.CDLL]) -> None:
+    example, inputs = EXAMPLES[name], make_inputs(EXAMPLES[name])
+    out = run(kernels[name], example, inputs)
+    pairs = inputs.schedule[0, : int(inputs.schedule[0, -1])].long()
+    experts = inputs.call.topk_ids.flatten()[pairs]
+    alone = experts.bincount()[experts] <= hopper.MOST
+    assert alone.unique().numel() == 2
+    rows = pairs if example.is_down else torch.arange(len(pairs))
+    last = [kernels[name].leaves_last(ctypes.c_void_p(out[row].data_ptr())) for row in rows]
+    assert last == (alone & example.is_down).tolist()
 
 
 @needs_compiler

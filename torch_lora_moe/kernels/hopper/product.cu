@@ -81,7 +81,8 @@ __device__ __forceinline__ void bring_lora(
 #pragma unroll
         for (int i = 0; i < 2 * RUNS; ++i)
           if (i / 2 < runs)
-            copy_box(data + i * TALL * PITCH, maps.b, full, part * RANKS, part_row(tile, i & 1), part_slice(i & 1), matrices[i / 2], priority);
+            copy_box(data + i * TALL * PITCH, maps.b, full, part * RANKS, part_row(tile, i & 1), part_slice(i & 1),
+                     matrices[i / 2], priority);
       }
       const bool is_rank = RANK % RANKS == 0 || part * RANKS + rank < RANK;
 #pragma unroll
@@ -143,14 +144,16 @@ __device__ __forceinline__ void bring(const Arguments& call, const Maps& maps, c
       if (thread == 0) {
         int* note = memory.note(stage.slot);
         if (step == 0) {
-          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column, note[4] = kept, note[5] = tile.is_alone;
+          note[0] = tile.start, note[1] = tile.count, note[2] = tile.expert, note[3] = tile.column;
+          note[4] = kept, note[5] = tile.is_alone;
         } else if (step == STEPS - 1) {
           note[0] = reach;
         }
         barrier_announce(full, WEIGHT_BYTES + (IS_DOWN ? TOKEN_BYTES : 0));
 #pragma unroll
         for (int part = 0; part < 2; ++part)
-          copy_box(data + part * PART_BYTES, maps.w, full, step * DEPTH, part_row(tile, part), part_slice(part), tile.expert, priority);
+          copy_box(data + part * PART_BYTES, maps.w, full, step * DEPTH, part_row(tile, part), part_slice(part),
+                   tile.expert, priority);
         // rows behind those of the tile are others', whose products are never stored
         if (IS_DOWN) copy_rows(data + WEIGHT_BYTES, maps.tokens, full, step * DEPTH, tile.start);
       }
@@ -351,7 +354,8 @@ __device__ __forceinline__ void store_tile(
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (turn * 32 + half * 16 + (thread >> 3) < count && (OUT % WIDE == 0 || at < OUT)) store_global(call.out + targets[half], lines[half], priority);
+        if (turn * 32 + half * 16 + (thread >> 3) < count && (OUT % WIDE == 0 || at < OUT))
+          store_global(call.out + targets[half], lines[half], priority);
 #pragma unroll
       for (int i = 0; i < 8; ++i) packed[i] = next[i];
     }
