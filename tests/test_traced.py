@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -100,3 +102,29 @@ def test_graph_holds_kernels_that_change_only_what_they_make(tokens: int, slots:
         assert {*node.kwargs["tensors_to_clone"]} == MADE[name], name
         assert node.kwargs["kwargs"]["PDL"] is False
     assert {spec.kind.name for spec in program.graph_signature.output_specs} == {"USER_OUTPUT"}
+
+
+def test_plans_of_a_trace_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those before it are there again; a module that it imports first begins without any."""
+    monkeypatch.setattr(plans, "_ALL_PLANS", [])
+    known = plans.new_plans()
+    known["before"] = 1
+    with plans.traced_launches():
+        assert not known
+        late = plans.new_plans()
+        known["traced"] = late["traced"] = 2
+    assert known == {"before": 1}
+    assert not late
+
+
+def test_an_export_before_any_call_of_an_op() -> None:
+    """In a process of its own, where the trace is the first that needs the kernels' modules."""
+    script = (
+        "import sys\n"
+        "from torch_lora_moe.export import _kernels_for_ops\n"
+        "assert 'torch_lora_moe.layer' not in sys.modules\n"
+        "with _kernels_for_ops():\n"
+        "    sys.modules['torch_lora_moe.layer']._PLANS['traced'] = 1\n"
+        "assert not sys.modules['torch_lora_moe.layer']._PLANS\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -144,7 +144,7 @@ def new_plans() -> dict[Any, Any]:
 def traced_launches() -> Iterator[None]:
     """Inside, launches become nodes of the graph that is traced, with their kernels, instead of going to the GPU."""
     global _traced
-    kept = [dict(plans) for plans in _ALL_PLANS]
+    kept = [(plans, dict(plans)) for plans in _ALL_PLANS]
     for plans in _ALL_PLANS:
         plans.clear()
     _traced = True
@@ -152,8 +152,10 @@ def traced_launches() -> Iterator[None]:
         yield
     finally:
         _traced = False
-        for plans, before in zip(_ALL_PLANS, kept, strict=True):
+        # those of modules that were first imported inside are of traced launches alone
+        for plans in _ALL_PLANS:
             plans.clear()
+        for plans, before in kept:
             plans.update(before)
 
 
